@@ -1,0 +1,144 @@
+"""What a Ballad is made of: a dual encoder's own config, the adapter, and the label bank's recipe."""
+
+# No `from __future__ import annotations` here: transformers checks field types only where they are real objects.
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPConfig, PreTrainedConfig
+
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+
+@strict
+class BalladConfig(PreTrainedConfig):
+    """Configuration of [`BalladForImageClassification`].
+
+    Args:
+        clip_config: config of the dual encoder, as an object or a dict; `model_type` selects the class. Default: CLIP.
+        adapter_ratio: lambda of `f' = lambda * W f + (1 - lambda) * f`, from 0 (the CLIP model) to 1.
+        adapter_init: `"identity"` starts phase B at the phase A model, `"random"` as the official code does.
+        logit_scale: multiplier of the cosine similarities; `None` takes the CLIP model's own learnt scale. The
+            official code fixes 100.
+        templates: prompts that name a class at `{}`; the embeddings of several are averaged.
+        class_counts: training images of each class, in label order. Kept for the shot groups and the prior dial.
+        label_bank_fingerprint: the class names, templates and text weights that the stored class embeddings were made
+            from. Written by `set_class_names`; never set it by hand.
+        has_text_tower: `False` for a vision-only bundle, which serves its stored classes and no others.
+        initializer_range: standard deviation for weights that have no rule of their own.
+
+    Raises:
+        ValueError: a ratio outside 0 to 1, an unknown start, a template without `{}`, counts that do not fit.
+
+    Example:
+
+    >>> from ballad_hf import BalladConfig
+    >>> config = BalladConfig(adapter_ratio=0.2, id2label={0: "cat", 1: "dog"})
+    >>> config.label2id
+    {'cat': 0, 'dog': 1}
+    """
+
+    model_type = "ballad"
+    sub_configs = {"clip_config": PreTrainedConfig}
+
+    clip_config: dict | PreTrainedConfig | None = None
+    adapter_ratio: float | int = 0.2
+    adapter_init: str = "identity"
+    logit_scale: float | int | None = None
+    templates: list[str] | tuple[str, ...] = (DEFAULT_TEMPLATE,)
+    class_counts: list[int] | None = None
+    label_bank_fingerprint: str | None = None
+    has_text_tower: bool = True
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        self.clip_config = _as_config(self.clip_config)
+        super().__post_init__(**kwargs)
+        # label2id is always derived: a missing one, or one left from other names, would disagree in silence.
+        self.label2id = {name: index for index, name in self.id2label.items()}
+        # Called here so that a user meets a plain ValueError; `@strict` calls them again before a save.
+        self.validate_adapter()
+        self.validate_labels()
+
+    @property
+    def class_names(self) -> list[str]:
+        """The class names in label order."""
+        return [self.id2label[index] for index in range(self.num_labels)]
+
+    @property
+    def projection_dim(self) -> int:
+        """Width of the shared image and text space, in which the adapter works."""
+        return joint_width(self.clip_config)
+
+    def validate_adapter(self):
+        if not (math.isfinite(self.adapter_ratio) and 0 <= self.adapter_ratio <= 1):
+            raise ValueError(
+                f"adapter_ratio is {self.adapter_ratio}, but it weighs the adapted against the original feature: "
+                "choose a number from 0 (the CLIP model itself) to 1 (the adapter alone); the paper uses 0.2."
+            )
+        if self.adapter_init not in ("identity", "random"):
+            raise ValueError(f"adapter_init is {self.adapter_init!r}: choose 'identity' or 'random'.")
+        if self.logit_scale is not None and not (math.isfinite(self.logit_scale) and self.logit_scale > 0):
+            raise ValueError(
+                f"logit_scale is {self.logit_scale}: it multiplies cosine similarities, so it must be a finite number "
+                "above 0 (the official code uses 100), or None for the CLIP model's own scale."
+            )
+
+    def validate_labels(self):
+        check_templates(self.templates)
+        repeated = sorted(name for name, count in Counter(self.id2label.values()).items() if count > 1)
+        if repeated:
+            raise ValueError(f"Class names must differ, but these occur more than once: {', '.join(repeated)}.")
+        if self.class_counts is not None and len(self.class_counts) != self.num_labels:
+            raise ValueError(
+                f"class_counts has {len(self.class_counts)} entries for {self.num_labels} classes; "
+                "give the number of training images of each class, in label order."
+            )
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Refuse an empty list and any template that would give every class the same prompt."""
+    if not templates:
+        raise ValueError(f"templates is empty: give at least one prompt with {{}}, such as {DEFAULT_TEMPLATE!r}.")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(
+                f"The template {template!r} must contain {{}} exactly once, where the class name goes; "
+                f"for example {DEFAULT_TEMPLATE!r}."
+            )
+
+
+def joint_width(clip_config: PreTrainedConfig) -> int:
+    """Width of a dual encoder's projected features, by whichever name its family keeps it."""
+    width = getattr(clip_config, "projection_dim", None)
+    if width is None:  # SigLIP has no projection: its image tower's width is the joint width.
+        width = getattr(clip_config.vision_config, "hidden_size", None)
+    if width is None:
+        raise ValueError(
+            f"Can't tell the width of the image features of a {clip_config.model_type!r} model: its config has "
+            "neither projection_dim nor vision_config.hidden_size."
+        )
+    return width
+
+
+def _as_config(clip_config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    if clip_config is None:
+        return CLIPConfig()
+    if isinstance(clip_config, PreTrainedConfig):
+        return clip_config
+    values = dict(clip_config)
+    model_type = values.pop("model_type", "clip")
+    if model_type == "clip_resnet":
+        from .modeling_clip_resnet import CLIPResNetConfig
+
+        return CLIPResNetConfig(**values)
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"clip_config has model_type {model_type!r}, which this version of transformers does not know; "
+            "it must name a dual encoder such as 'clip', 'clip_resnet' or 'siglip'."
+        )
+    return CONFIG_MAPPING[model_type](**values)

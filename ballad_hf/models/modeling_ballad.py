@@ -1,0 +1,295 @@
+"""BALLAD (Ma et al., 2021, https://arxiv.org/abs/2111.14745): a dual encoder with a linear adapter on its image side.
+
+For an image feature `f` (after the image projection, before normalisation) the adapter computes
+
+    f' = lambda * W f + (1 - lambda) * f          (section 3.3)
+
+and an image's logits are `scale * cos(f', t_c)` over the text embeddings `t_c` of the classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, logging
+
+from .configuration_ballad import BalladConfig
+from .label_bank import check_class_names, encode_class_prompts, names_fingerprint
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class BalladOutput(ModelOutput):
+    """What [`BalladForImageClassification`] returns.
+
+    Args:
+        loss: cross-entropy in float32, where `labels` were given.
+        logits: float32 of shape (batch, classes), or (batch, texts) where text was given.
+        logits_per_image: the same as `logits` where text was given, for the zero-shot pipeline; else `None`.
+        image_embeds: adapted, normalised image features of shape (batch, projection_dim).
+        text_embeds: normalised class or text embeddings of shape (classes or texts, projection_dim).
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+
+
+class LinearAdapter(nn.Module):
+    """`f' = ratio * W f + (1 - ratio) * f`: one square matrix, no bias and no activation, so that it can be folded.
+
+    Args:
+        dim: width of the features.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, features: torch.Tensor, ratio: float) -> torch.Tensor:
+        return torch.lerp(features, self.linear(features).to(features.dtype), ratio)  # (batch, dim)
+
+
+class BalladPreTrainedModel(PreTrainedModel):
+    config_class = BalladConfig
+    base_model_prefix = "clip"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    # A plain CLIP checkpoint has neither; both have a rule below.
+    _keys_to_ignore_on_load_missing = [r"adapter\.", r"class_embeds"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, LinearAdapter):
+            if self.config.adapter_init == "identity":
+                init.eye_(module.linear.weight)
+            else:  # torch's own default for a linear layer, which the official code keeps
+                init.kaiming_uniform_(module.linear.weight, a=math.sqrt(5))
+        elif isinstance(module, BalladForImageClassification):
+            init.zeros_(module.class_embeds)
+
+
+class BalladForImageClassification(BalladPreTrainedModel):
+    """A dual encoder, the adapter, and a label bank of class embeddings.
+
+    Without text, `forward` scores the stored classes and the text tower does not run. With `input_ids` it is a
+    zero-shot model. Both stock pipelines of transformers, image classification and zero-shot, take it.
+
+    Example:
+
+    >>> from ballad_hf import BalladConfig, BalladForImageClassification
+    >>> from transformers import CLIPConfig
+    >>> tiny = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    >>> vision = {**tiny, "image_size": 32, "patch_size": 8}
+    >>> clip = CLIPConfig(vision_config=vision, text_config=tiny, projection_dim=16)
+    >>> model = BalladForImageClassification(BalladConfig(clip_config=clip, id2label={0: "cat", 1: "dog"}))
+    >>> tuple(model.adapter.linear.weight.shape)
+    (16, 16)
+    """
+
+    def __init__(self, config: BalladConfig):
+        super().__init__(config)
+        self.clip = build_dual_encoder(config.clip_config)
+        self.adapter = LinearAdapter(config.projection_dim)
+        self.register_buffer("class_embeds", torch.zeros(config.num_labels, config.projection_dim))
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BalladOutput | tuple:
+        """Logits over the stored classes, or over the given texts.
+
+        Args:
+            pixel_values: (batch, channels, height, width), as the image processor makes them.
+            input_ids: (texts, length) token ids; then the texts are the classes.
+            attention_mask: (texts, length), 1 for tokens and 0 for padding.
+            labels: (batch,) right class of each picture, for the loss.
+            return_dict: `False` for a tuple.
+            kwargs: passed to the image tower, such as `interpolate_pos_encoding`.
+
+        Raises:
+            ValueError: without text, where no class embeddings are stored or they belong to other names.
+        """
+        image_features = self.get_image_features(pixel_values, **kwargs).pooler_output  # (batch, dim)
+        if input_ids is None:
+            text_embeds = self.stored_class_embeds()  # (classes, dim)
+        else:
+            text_features = self.get_text_features(input_ids, attention_mask).pooler_output
+            text_embeds = F.normalize(text_features.float(), dim=-1)  # (texts, dim)
+        image_embeds = F.normalize(image_features.float(), dim=-1)  # (batch, dim)
+        logits = self.similarity(image_embeds, text_embeds)  # (batch, classes or texts)
+        loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
+        output = BalladOutput(
+            loss=loss,
+            logits=logits,
+            logits_per_image=None if input_ids is None else logits,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Image features after projection and adapter, not normalised, in `.pooler_output`: (batch, dim).
+
+        The features before the adapter are `model.clip.get_image_features(pixel_values).pooler_output`.
+        """
+        output = self.clip.get_image_features(pixel_values=pixel_values, **kwargs)
+        output.pooler_output = self.adapter(output.pooler_output, self.config.adapter_ratio)
+        return output
+
+    def get_text_features(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Text features after projection, not normalised, in `.pooler_output`: (texts, dim)."""
+        return self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def similarity(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """`scale * cosine (+ bias)` in float32 whatever the autocast: (batch, classes)."""
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            logits = self.logit_scale.float() * (image_embeds.float() @ text_embeds.float().T)
+            bias = getattr(self.clip, "logit_bias", None)  # SigLIP has one
+            return logits if bias is None else logits + bias.float()
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        """The multiplier of the cosines: the fixed one of the config, else the dual encoder's own (not its log)."""
+        if self.config.logit_scale is not None:
+            return torch.tensor(float(self.config.logit_scale), device=self.class_embeds.device)
+        return self.clip.logit_scale.exp()
+
+    def stored_class_embeds(self) -> torch.Tensor:
+        """The label bank (classes, dim), after a check that it belongs to the config's class names and templates."""
+        stored = self.config.label_bank_fingerprint
+        if stored is None:
+            raise ValueError(
+                "This model has no class embeddings yet: call model.set_class_names(names, tokenizer), "
+                "or pass input_ids with the texts to compare."
+            )
+        if stored != names_fingerprint(self.config.class_names, self.config.templates):
+            raise ValueError(
+                "The class names or templates in the config are not those that the stored class embeddings were "
+                "made from, so predictions would carry wrong names: call model.set_class_names(names, tokenizer) "
+                "instead of editing the config."
+            )
+        return self.class_embeds
+
+    def set_class_names(
+        self,
+        names: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        templates: Sequence[str] | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        """Make `names` the classes of this model: embeddings, labels and fingerprint change together.
+
+        Args:
+            names: class names in label order, all different.
+            tokenizer: the tokenizer of the text tower.
+            templates: prompts with `{}` for the name, averaged; default: the config's.
+            batch_size: prompts a forward pass.
+
+        Raises:
+            ValueError: an empty or repeated name, a template without `{}`.
+        """
+        names = check_class_names(names)
+        templates = list(self.config.templates if templates is None else templates)
+        class_embeds = encode_class_prompts(self.clip, tokenizer, names, templates, batch_size)
+        if names != self.config.class_names:
+            self.config.class_counts = None  # counts of other classes would shift the wrong logits
+        self.config.id2label = dict(enumerate(names))
+        self.config.label2id = {name: index for index, name in enumerate(names)}
+        self.config.templates = templates
+        self.config.label_bank_fingerprint = names_fingerprint(names, templates)
+        self.class_embeds = class_embeds.to(self.class_embeds)
+
+    @classmethod
+    def from_clip(
+        cls,
+        pretrained_model_name_or_path: str,
+        class_names: Sequence[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        templates: Sequence[str] | None = None,
+        adapter_ratio: float = 0.2,
+        adapter_init: str = "identity",
+        logit_scale: float | None = None,
+        **kwargs,
+    ) -> BalladForImageClassification:
+        """Wrap a pretrained dual encoder.
+
+        Args:
+            pretrained_model_name_or_path: a Hub name or a folder.
+            class_names: the classes; their embeddings are built at once. Without, call `set_class_names` later.
+            tokenizer: default: the checkpoint's own.
+            templates: prompts with `{}` for the name.
+            adapter_ratio: lambda, see [`BalladConfig`].
+            adapter_init: `"identity"` or `"random"`.
+            logit_scale: a fixed scale, or `None` for the checkpoint's own.
+            kwargs: for `from_pretrained`, such as `revision`, `token`, `dtype`.
+        """
+        clip = AutoModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return cls.from_dual_encoder(
+            clip,
+            class_names=class_names,
+            tokenizer=tokenizer,
+            templates=templates,
+            adapter_ratio=adapter_ratio,
+            adapter_init=adapter_init,
+            logit_scale=logit_scale,
+        )
+
+    @classmethod
+    def from_dual_encoder(
+        cls,
+        clip: PreTrainedModel,
+        class_names: Sequence[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **config_values,
+    ) -> BalladForImageClassification:
+        """Wrap a dual encoder that is in memory; the arguments are those of `from_clip`. The encoder is not copied."""
+        values = {name: value for name, value in config_values.items() if value is not None}
+        names = check_class_names(class_names) if class_names is not None else None
+        if names is not None:
+            values["id2label"] = dict(enumerate(names))
+        model = cls._from_config(BalladConfig(clip_config=clip.config, **values), dtype=clip.dtype)
+        model.clip = clip
+        model.to(clip.device).eval()
+        if names is None:
+            return model
+        if tokenizer is None:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(clip.config.name_or_path)
+        model.set_class_names(names, tokenizer)
+        return model
+
+
+def build_dual_encoder(clip_config: PreTrainedConfig) -> PreTrainedModel:
+    """The dual encoder of a config, without weights from a checkpoint."""
+    if clip_config.model_type == "clip_resnet":
+        from .modeling_clip_resnet import CLIPResNetModel
+
+        return CLIPResNetModel._from_config(clip_config)
+    # The default dtype is what the caller builds in; the config's own may be left from another checkpoint.
+    return AutoModel.from_config(clip_config, dtype=torch.get_default_dtype())
