@@ -1,0 +1,49 @@
+"""Tiny models, built once a session and handed out as copies."""
+
+import copy
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+
+from ballad_hf import BalladForImageClassification
+from ballad_hf.models.tiny_clip import DualEncoder, build_tiny_clip
+
+
+CLASS_NAMES = ["cat", "dog", "owl", "red fox", "zebra"]
+
+
+@pytest.fixture(scope="session")
+def _tiny_clip() -> DualEncoder:
+    torch.set_num_threads(1)
+    return build_tiny_clip(width=32, layers=1, projection_dim=16, patch_size=16, words=["photo", "cat", "dog", "owl"])
+
+
+@pytest.fixture
+def tiny_clip(_tiny_clip: DualEncoder) -> DualEncoder:
+    """A CLIP for 32 x 32 pictures with 16-wide features: (clip, tokenizer, image_processor)."""
+    return DualEncoder(copy.deepcopy(_tiny_clip.clip), _tiny_clip.tokenizer, _tiny_clip.image_processor)
+
+
+@pytest.fixture
+def tiny_ballad(tiny_clip: DualEncoder) -> BalladForImageClassification:
+    """A Ballad over `tiny_clip` with five classes and an adapter that is no identity."""
+    model = BalladForImageClassification.from_dual_encoder(tiny_clip.clip, CLASS_NAMES, tiny_clip.tokenizer)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        weight = model.adapter.linear.weight
+        weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+@pytest.fixture
+def clip_folder(tiny_clip: DualEncoder, tmp_path):
+    """A folder that looks like a CLIP checkpoint on the Hub."""
+    folder = tmp_path / "tiny-clip"
+    for part in tiny_clip:
+        part.save_pretrained(folder)
+    return folder
