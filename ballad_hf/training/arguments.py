@@ -1,6 +1,79 @@
 """What a run is told, one dataclass a stage, each checked where it is made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..models.configuration_ballad import DEFAULT_TEMPLATE
+
+
+def _option(help: str, default=None):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class DataArguments:
+    """Which pictures, and how they are read. See `load_splits`."""
+
+    dataset: str = _option(
+        "Hub name, image folder, folder of parquet files, list file, or the built-in 'digits'", "digits"
+    )
+    config_name: str | None = _option("configuration of a Hub dataset")
+    revision: str | None = _option("branch, tag or commit of a Hub dataset")
+    train_split: str | None = _option("name of the training part; found where it is not given")
+    validation_split: str | None = _option(
+        "name of the validation part; split off the training part where none is found"
+    )
+    test_split: str | None = _option("name of the test part")
+    image_column: str | None = _option("column of the pictures; found where it is not given")
+    label_column: str | None = _option("column of the labels; found where it is not given")
+    image_root: str | None = _option("folder that the paths of a list file start from")
+    class_names: str | None = _option(
+        "file of class names in label order, a line each, or a mapping raw name: shown name"
+    )
+    validation_fraction: float = _option("share of each class held out where there is no validation part", 0.1)
+    imbalance_factor: float | None = _option("make the training part long-tailed: largest class over smallest")
+    profile: Literal["exponential", "step", "pareto"] = _option("shape of that tail", "exponential")
+    max_train_samples: int | None = _option("use this many training pictures, for a quick try")
+    on_unreadable: Literal["raise", "skip"] = _option("what a picture that can't be read does", "raise")
+
+    def __post_init__(self):
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction is {self.validation_fraction}: choose a share between 0 and 1.")
+        if self.imbalance_factor is not None and not self.imbalance_factor >= 1:
+            raise ValueError(
+                f"imbalance_factor is {self.imbalance_factor}: the largest class over the smallest, so 1 or more."
+            )
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise ValueError(f"max_train_samples is {self.max_train_samples}: give 1 or more, or leave it out.")
+
+
+@dataclass
+class ModelArguments:
+    """Which dual encoder, and what is put on it."""
+
+    model_name_or_path: str = _option(
+        "CLIP checkpoint: Hub name, folder or file; 'tiny' builds a small one from random weights",
+        "openai/clip-vit-base-patch16",
+    )
+    model_revision: str | None = _option("branch, tag or commit of a checkpoint on the Hub")
+    adapter_ratio: float = _option("weight of the adapted feature against the original, 0 to 1", 0.2)
+    adapter_init: Literal["identity", "random"] = _option(
+        "start of the adapter; the official code's is 'random'", "identity"
+    )
+    logit_scale: float | None = _option(
+        "fixed multiplier of the cosines (the official code: 100); else the model's own"
+    )
+    templates: list[str] = field(
+        default_factory=lambda: [DEFAULT_TEMPLATE],
+        metadata={"help": "prompts with {} for the class name; several are averaged"},
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.adapter_ratio <= 1:
+            raise ValueError(
+                f"adapter_ratio is {self.adapter_ratio}: choose a number from 0 to 1; the paper uses 0.2."
+            )
 
 
 @dataclass
@@ -19,3 +92,30 @@ class PhaseBArguments:
     epochs: int = 10
     batch_size: int = 512
     learning_rate: float = 0.2
+
+
+@dataclass
+class RunArguments:
+    """Where results go, and how the run behaves."""
+
+    output_dir: str = _option("folder of the result", "outputs/run")
+    overwrite_output_dir: bool = _option("replace the run in output_dir", False)
+    resume: Literal["auto", "never"] = _option("'auto' goes on with the interrupted run in output_dir", "never")
+    seed: int = _option("of every random choice", 0)
+    num_workers: int = _option("processes that read pictures", 0)
+    eval_batch_size: int = _option("pictures a step where nothing is trained", 128)
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = _option("autocast; else what `accelerate config` says")
+    report_to: str | None = _option("tracker: tensorboard, wandb, trackio, ...")
+    feature_cache_dir: str | None = _option("keep image features here across runs; else they live as long as the run")
+    push_to_hub: bool = _option("push the result to the Hub", False)
+    hub_model_id: str | None = _option("repository to push to; else the name of output_dir")
+    hub_private: bool = _option("make that repository private", False)
+    hub_strategy: Literal["end", "checkpoint"] = _option("push at the end, or every checkpoint too", "end")
+
+    def __post_init__(self):
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers is {self.num_workers}: give 0 (read in the main process) or more.")
+        if self.eval_batch_size < 1:
+            raise ValueError(f"eval_batch_size is {self.eval_batch_size}: give 1 or more.")
+        if Path(self.output_dir).is_file():
+            raise ValueError(f"output_dir {self.output_dir} is a file: name a folder.")
