@@ -40,11 +40,11 @@ class BalladOutput(ModelOutput):
         text_embeds: normalised class or text embeddings of shape (classes or texts, projection_dim).
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
 
 
 class LinearAdapter(nn.Module):
@@ -76,11 +76,12 @@ class BalladPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, LinearAdapter):
+        # The matrix, not its module: outside transformers, modules without a parameter of their own are passed over.
+        if module is self.adapter.linear:
             if self.config.adapter_init == "identity":
-                init.eye_(module.linear.weight)
+                init.eye_(module.weight)
             else:  # torch's own default for a linear layer, which the official code keeps
-                init.kaiming_uniform_(module.linear.weight, a=math.sqrt(5))
+                init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         elif isinstance(module, BalladForImageClassification):
             init.zeros_(module.class_embeds)
 

@@ -25,7 +25,7 @@ class Arguments(NamedTuple):
         return {
             stage.prefix + name: value
             for stage, values in zip(_STAGES, self, strict=True)
-            for name, value in dataclasses.asdict(values).items()
+            for name, value in vars(values).items()
         }
 
 
@@ -93,7 +93,7 @@ def _on_the_command_line(stage: _Stage) -> type:
         )
         fields.append((stage.prefix + field.name, field.type, default))
     twin = dataclasses.make_dataclass(stage.dataclass.__name__, fields)
-    twin._argument_group_name = stage.title  # type: ignore[attr-defined]
+    twin._argument_group_name = stage.title
     return twin
 
 

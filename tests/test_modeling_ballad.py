@@ -1,0 +1,205 @@
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForImageClassification, AutoModelForZeroShotImageClassification, CLIPModel
+
+from ballad_hf import BalladConfig, BalladForImageClassification
+from ballad_hf.models.modeling_ballad import LinearAdapter
+
+from .conftest import CLASS_NAMES
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_adapter_by_hand():
+    adapter = LinearAdapter(2)
+    with torch.no_grad():
+        adapter.linear.weight.copy_(torch.tensor([[0.0, 1.0], [2.0, 0.0]]))
+    features = torch.tensor([[1.0, 3.0]])
+    # W f = (3, 2); 0.25 of it and 0.75 of f = (1.5, 2.75)
+    assert torch.allclose(adapter(features, 0.25), torch.tensor([[1.5, 2.75]]))
+    assert torch.equal(adapter(features, 0.0), features)
+    assert torch.equal(adapter(features, 1.0), torch.tensor([[3.0, 2.0]]))
+
+
+def test_logits_are_the_papers_formula(tiny_ballad, tiny_clip, pixels):
+    clip, tokenizer = tiny_ballad.clip, tiny_clip.tokenizer
+    with torch.no_grad():
+        feature = clip.get_image_features(pixel_values=pixels).pooler_output
+        adapted = 0.2 * feature @ tiny_ballad.adapter.linear.weight.T + 0.8 * feature
+        tokens = tokenizer([f"a photo of a {name}." for name in CLASS_NAMES], padding=True, return_tensors="pt")
+        text = clip.get_text_features(**tokens).pooler_output
+        expected = clip.logit_scale.exp() * F.normalize(adapted, dim=-1) @ F.normalize(text, dim=-1).T
+        output = tiny_ballad(pixels)
+    assert output.logits.shape == (4, 5)
+    torch.testing.assert_close(output.logits, expected, rtol=1e-5, atol=1e-5)
+    assert output.logits_per_image is None
+
+
+def test_text_gives_logits_per_image_equal_to_the_stored_classes(tiny_ballad, tiny_clip, pixels):
+    tokens = tiny_clip.tokenizer([f"a photo of a {name}." for name in CLASS_NAMES], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        zero_shot = tiny_ballad(pixels, **tokens)
+        stored = tiny_ballad(pixels)
+    torch.testing.assert_close(zero_shot.logits_per_image, stored.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_text_tower_does_not_run_without_text(tiny_ballad, pixels):
+    def fail(*args):
+        raise AssertionError("the text tower ran")
+
+    tiny_ballad.clip.text_model.register_forward_hook(fail)
+    assert tiny_ballad(pixels).logits.shape == (4, 5)
+
+
+def test_the_loss_is_float32_cross_entropy_in_any_dtype(tiny_ballad, pixels):
+    labels = torch.tensor([0, 4, 1, 1])
+    for dtype in (torch.float32, torch.bfloat16):
+        output = tiny_ballad.to(dtype)(pixels.to(dtype), labels=labels)
+        assert output.loss.dtype == output.logits.dtype == torch.float32
+        rows = output.logits - output.logits.logsumexp(dim=-1, keepdim=True)
+        torch.testing.assert_close(output.loss, -rows[range(4), labels].mean())
+
+
+def test_autocast_keeps_the_similarity_in_float32(tiny_ballad, pixels):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output = tiny_ballad(pixels)
+    exact = tiny_ballad.logit_scale * output.image_embeds @ output.text_embeds.T
+    torch.testing.assert_close(output.logits, exact.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_fixed_scale_replaces_the_learnt_one(tiny_ballad, pixels):
+    with torch.no_grad():
+        learnt = tiny_ballad(pixels).logits / tiny_ballad.clip.logit_scale.exp()
+        tiny_ballad.config.logit_scale = 100
+        torch.testing.assert_close(tiny_ballad(pixels).logits, 100 * learnt, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_save_and_load_are_bitwise_exact(tiny_ballad, tmp_path, dtype):
+    tiny_ballad.to(dtype).save_pretrained(tmp_path)
+    for auto_class in (AutoModelForImageClassification, AutoModelForZeroShotImageClassification):
+        again = auto_class.from_pretrained(tmp_path)
+        assert type(again) is BalladForImageClassification
+        assert again.dtype == dtype
+        assert not again.training
+        expected = tiny_ballad.state_dict()
+        assert again.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
+
+
+def test_loading_again_predicts_the_same(tiny_ballad, tmp_path, pixels):
+    tiny_ballad.save_pretrained(tmp_path)
+    again = BalladForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(again(pixels).logits, tiny_ballad(pixels).logits)
+
+
+def test_the_identity_start_is_the_clip_model(tiny_clip, pixels):
+    model = BalladForImageClassification.from_dual_encoder(tiny_clip.clip, CLASS_NAMES, tiny_clip.tokenizer)
+    assert torch.equal(model.adapter.linear.weight, torch.eye(16))
+    with torch.no_grad():
+        plain = tiny_clip.clip.get_image_features(pixel_values=pixels).pooler_output
+        torch.testing.assert_close(model.get_image_features(pixels).pooler_output, plain)
+
+
+def test_the_random_start_is_torchs_default_for_a_linear_layer(tiny_clip):
+    model = BalladForImageClassification.from_dual_encoder(tiny_clip.clip, adapter_init="random")
+    weight = model.adapter.linear.weight
+    # kaiming uniform with a = sqrt(5) is uniform within 1 / sqrt(fan_in) = 1/4
+    assert weight.abs().max() <= 0.25
+    assert 0.1 < weight.std() < 0.19
+    assert not torch.equal(weight, torch.eye(16))
+
+
+def test_from_clip_reads_a_checkpoint_and_builds_the_bank(clip_folder, tiny_clip, pixels, caplog):
+    with caplog.at_level(logging.WARNING):
+        model = BalladForImageClassification.from_clip(clip_folder, class_names=["cat", "dog"], adapter_ratio=0.5)
+    assert model.config.adapter_ratio == 0.5
+    assert model.config.id2label == {0: "cat", 1: "dog"}
+    assert model.config.label2id == {"cat": 0, "dog": 1}
+    assert torch.equal(model.clip.visual_projection.weight, tiny_clip.clip.visual_projection.weight)
+    torch.testing.assert_close(model.class_embeds.norm(dim=-1), torch.ones(2))
+    assert model(pixels).logits.shape == (4, 2)
+
+
+def test_a_clip_checkpoint_loads_as_a_ballad_and_back(clip_folder, tiny_ballad, tiny_clip, tmp_path):
+    tiny_ballad.save_pretrained(tmp_path / "ballad")
+    clip = CLIPModel.from_pretrained(tmp_path / "ballad", config=tiny_clip.clip.config)
+    assert torch.equal(clip.text_projection.weight, tiny_clip.clip.text_projection.weight)
+
+
+def test_gradients_reach_only_what_is_trained(tiny_ballad, pixels):
+    labels = torch.tensor([0, 1, 2, 3])
+    tiny_ballad.clip.requires_grad_(False)
+    tiny_ballad(pixels, labels=labels).loss.backward()
+    with_gradient = {name for name, parameter in tiny_ballad.named_parameters() if parameter.grad is not None}
+    assert with_gradient == {"adapter.linear.weight"}
+
+
+def test_renaming_classes_behind_the_banks_back_is_an_error(tiny_ballad, pixels, tmp_path):
+    tiny_ballad.config.id2label[0] = "lynx"
+    with pytest.raises(ValueError, match="call model.set_class_names"):
+        tiny_ballad(pixels)
+    tiny_ballad.save_pretrained(tmp_path)
+    again = BalladForImageClassification.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="call model.set_class_names"):
+        again(pixels)
+
+
+def test_renaming_while_loading_is_an_error_too(tiny_ballad, pixels, tmp_path):
+    tiny_ballad.save_pretrained(tmp_path)
+    renamed = dict(enumerate(["a", "b", "c", "d", "e"]))
+    again = BalladForImageClassification.from_pretrained(tmp_path, id2label=renamed)
+    with pytest.raises(ValueError, match="wrong names"):
+        again(pixels)
+
+
+def test_a_model_without_classes_says_what_to_call(tiny_clip, pixels):
+    model = BalladForImageClassification.from_dual_encoder(tiny_clip.clip)
+    with pytest.raises(ValueError, match="no class embeddings yet: call model.set_class_names"):
+        model(pixels)
+
+
+def test_new_classes_drop_the_counts_of_the_old_ones(tiny_ballad, tiny_clip):
+    tiny_ballad.config.class_counts = [9, 5, 3, 2, 1]
+    tiny_ballad.set_class_names(CLASS_NAMES, tiny_clip.tokenizer)
+    assert tiny_ballad.config.class_counts == [9, 5, 3, 2, 1]
+    tiny_ballad.set_class_names(["ant", "bee", "cow"], tiny_clip.tokenizer)
+    assert tiny_ballad.config.class_counts is None
+    assert tiny_ballad.config.num_labels == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["cat", "cat"], "more than once: cat"),
+        (["cat", "  "], r"positions \[1\]"),
+        ([], "class_names is empty"),
+        ("cat", "single string 'cat'"),
+    ],
+)
+def test_bad_class_names_are_named(tiny_ballad, tiny_clip, names, message):
+    before = tiny_ballad.class_embeds.clone()
+    with pytest.raises(ValueError, match=message):
+        tiny_ballad.set_class_names(names, tiny_clip.tokenizer)
+    assert torch.equal(tiny_ballad.class_embeds, before)
+
+
+def test_an_image_of_the_wrong_size_is_named(tiny_ballad):
+    with pytest.raises(ValueError, match=r"48\*48.*32\*32"):
+        tiny_ballad(torch.zeros(1, 3, 48, 48))
+
+
+def test_a_tuple_on_request(tiny_ballad, pixels):
+    assert torch.equal(tiny_ballad(pixels, return_dict=False)[0], tiny_ballad(pixels).logits)
+
+
+def test_the_config_never_aliases_a_default():
+    first, second = BalladConfig(), BalladConfig()
+    first.id2label[0] = "changed"
+    assert second.id2label[0] == "LABEL_0"
