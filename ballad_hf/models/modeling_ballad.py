@@ -104,6 +104,8 @@ class BalladForImageClassification(BalladPreTrainedModel):
     (16, 16)
     """
 
+    class_embeds: torch.Tensor
+
     def __init__(self, config: BalladConfig):
         super().__init__(config)
         self.clip = build_dual_encoder(config.clip_config)

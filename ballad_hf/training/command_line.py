@@ -89,11 +89,11 @@ def _on_the_command_line(stage: _Stage) -> type:
         default = (
             dataclasses.field(default=field.default, metadata=field.metadata)
             if field.default is not dataclasses.MISSING
-            else dataclasses.field(default_factory=field.default_factory, metadata=field.metadata)  # type: ignore[arg-type]
+            else dataclasses.field(default_factory=field.default_factory, metadata=field.metadata)
         )
         fields.append((stage.prefix + field.name, field.type, default))
     twin = dataclasses.make_dataclass(stage.dataclass.__name__, fields)
-    twin._argument_group_name = stage.title
+    twin._argument_group_name = stage.title  # type: ignore[attr-defined]
     return twin
 
 
