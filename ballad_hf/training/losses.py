@@ -1,0 +1,284 @@
+"""What is minimised: the contrastive loss of phase A, and the classification losses for long tails.
+
+In every equation `z` are the logits of one picture, `y` its class, `n_c` the training pictures of class `c`, and `C`
+the number of classes. Every loss is computed in float32 whatever the autocast. Classification losses take logits with
+any leading dimensions, `(..., batch, classes)`, so that many adapters can be trained at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def contrastive_loss(similarity: torch.Tensor, image_labels: torch.Tensor, text_labels: torch.Tensor) -> torch.Tensor:
+    """The contrastive loss of phase A in both directions, with every pair of one class as a positive.
+
+    Ma et al. (2021, section 3.2) pair every picture `i` of the batch with the prompt of its class and average over the
+    positives `P(i)`, which are all pairs of the same class:
+
+        L_image = -1/N sum_i 1/|P(i)| sum_{p in P(i)} log( exp(s_ip) / sum_j exp(s_ij) )
+
+    and the same with pictures and prompts exchanged; the loss is the mean of both. Pairs of one class share one
+    prompt, so a column for each class that occurs, counted as often as it occurs, gives the same value from fewer
+    texts.
+
+    Args:
+        similarity: scaled cosines, (batch, classes of the batch).
+        image_labels: (batch,) class of each picture.
+        text_labels: (classes of the batch,) class of each column, all different; every picture's class is among them.
+
+    Returns:
+        A scalar in float32.
+
+    Example:
+
+    >>> import torch
+    >>> from ballad_hf.training.losses import contrastive_loss
+    >>> round(contrastive_loss(torch.zeros(2, 2), torch.tensor([3, 5]), torch.tensor([3, 5])).item(), 4)  # ln 2
+    0.6931
+    """
+    with torch.autocast(similarity.device.type, enabled=False):
+        similarity = similarity.float()
+        same_class = (image_labels[:, None] == text_labels[None, :]).float()  # (batch, classes)
+        pictures = same_class.sum(dim=0)  # (classes,)
+        # A class with k pictures stands in the image's denominator k times: add log k to its column.
+        image_log_probs = similarity - torch.logsumexp(similarity + pictures.log(), dim=1, keepdim=True)
+        image_to_text = -(image_log_probs * same_class).sum(dim=1).mean()
+        # Its prompt occurs k times, each with the mean over k positives: the k cancels.
+        text_log_probs = similarity.log_softmax(dim=0)
+        text_to_image = -(text_log_probs * same_class).sum() / len(similarity)
+        return (image_to_text + text_to_image) / 2
+
+
+class ClassificationLoss(nn.Module):
+    """A classification loss with its constants, made by [`build_classification_loss`].
+
+    Calling it with `logits` (..., batch, classes) and `labels` (batch,) or (..., batch) gives the mean over
+    everything, or with `reduction="none"` a loss for each picture, of shape (..., batch).
+    """
+
+    def __init__(self, name: str, terms: Callable[..., torch.Tensor], **constants: torch.Tensor):
+        super().__init__()
+        self.name = name
+        self.terms = terms
+        self.constants = tuple(constants)
+        for constant, value in constants.items():
+            self.register_buffer(constant, value, persistent=False)
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether a picture's loss depends on the rest of the batch, so that the batch can't be taken in pieces."""
+        return self.name == "lade"
+
+    def forward(
+        self, logits: torch.Tensor, labels: torch.Tensor, reduction: Literal["mean", "none"] = "mean"
+    ) -> torch.Tensor:
+        constants = {name: getattr(self, name).to(logits.device) for name in self.constants}
+        with torch.autocast(logits.device.type, enabled=False):
+            losses = self.terms(logits.float(), labels.expand(logits.shape[:-1]), **constants)  # (..., batch)
+        return losses.mean() if reduction == "mean" else losses
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """`-log softmax(z)_y`; with smoothing `e`, the target is `1 - e` on `y` plus `e / C` on every class."""
+    log_probs = logits.log_softmax(dim=-1)
+    losses = -_of_label(log_probs, labels)
+    if label_smoothing == 0:
+        return losses
+    return torch.lerp(losses, -log_probs.mean(dim=-1), label_smoothing)
+
+
+def focal(logits: torch.Tensor, labels: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
+    """`-(1 - p_y)^gamma log p_y`: easy pictures count less (Lin et al., 2017, equation 4)."""
+    log_prob = _of_label(logits.log_softmax(dim=-1), labels)
+    return -((1 - log_prob.exp()) ** gamma) * log_prob
+
+
+def margin_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, margins: torch.Tensor, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Cross-entropy after the right class's logit is lowered by the class's margin (LDAM, Cao et al., 2019, eq. 13)."""
+    lowered = torch.zeros_like(logits).scatter(-1, labels[..., None], margins[labels][..., None])
+    return cross_entropy(logits - lowered, labels, label_smoothing)
+
+
+def weighted_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """`w_y * cross-entropy`, not divided by the batch's weights, so that a batch in pieces gives the same gradient."""
+    return weights[labels] * cross_entropy(logits, labels, label_smoothing)
+
+
+def adjusted_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, offsets: torch.Tensor, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Cross-entropy of `z + offset`, the offset known for each class: the shift of the prior into training."""
+    return cross_entropy(logits + offsets, labels, label_smoothing)
+
+
+def lade(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    log_prior: torch.Tensor,
+    regularizer_weight: float = 0.1,
+    class_weight: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """LADE (Hong et al., 2021): cross-entropy of `z + log prior` plus the label-distribution regulariser LADER.
+
+    For each class `c` with pictures in the batch, equations 8 to 10:
+
+        d_c = log( 1/N sum_i (1/C) / p(y_i) * exp(z_ic) )        # the log-partition under a uniform prior
+        L_c = -mean_{i: y_i = c} z_ic + d_c + regularizer_weight * d_c^2
+
+    and LADER is `sum_c p(c) L_c`. Its weight is `class_weight`. It belongs to the batch, and each of the batch's
+    pictures carries it whole, so that their mean is the loss.
+    """
+    classes = logits.shape[-1]
+    batch = logits.shape[-2]
+    one_hot = F.one_hot(labels, classes).to(logits.dtype)  # (..., batch, classes)
+    pictures = one_hot.sum(dim=-2)  # (..., classes)
+    mean_logit = (logits * one_hot).sum(dim=-2) / pictures.clamp(min=1)  # (..., classes)
+    log_importance = -log_prior[labels] - math.log(classes * batch)  # (..., batch)
+    log_partition = torch.logsumexp(logits + log_importance[..., None], dim=-2)  # (..., classes)
+    by_class = -mean_logit + log_partition + regularizer_weight * log_partition**2
+    regularizer = (log_prior.exp() * by_class * (pictures > 0)).sum(dim=-1)  # (...)
+    losses = adjusted_cross_entropy(logits, labels, log_prior, label_smoothing)
+    return losses + class_weight * regularizer[..., None]
+
+
+# Every name that `build_classification_loss` knows.
+CLASSIFICATION_LOSSES = (
+    "cross_entropy",
+    "focal",
+    "ldam",
+    "class_balanced",
+    "generalized_reweight",
+    "balanced_softmax",
+    "logit_adjustment",
+    "lade",
+)
+
+
+def build_classification_loss(
+    name: str,
+    class_counts: Sequence[int] | torch.Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 2.0,
+    ldam_max_margin: float = 0.5,
+    ldam_scale: float = 30.0,
+    class_balanced_beta: float = 0.9999,
+    reweight_exponent: float = 1.0,
+    adjustment_strength: float = 1.0,
+    lade_weight: float = 0.1,
+) -> ClassificationLoss:
+    """Build a classification loss by its name.
+
+    | name | loss | source |
+    |---|---|---|
+    | `cross_entropy` | `-log softmax(z)_y` | |
+    | `focal` | `-(1 - p_y)^gamma log p_y` | Lin et al., 2017 |
+    | `ldam` | logit of `y` lowered by `s * m / n_y^(1/4)`, the largest being `s * max_margin` | Cao et al., 2019 |
+    | `class_balanced` | weights `(1 - beta) / (1 - beta^n_y)` | Cui et al., 2019 |
+    | `generalized_reweight` | weights `(1 / p(y))^exponent` | Zhang et al., 2021 |
+    | `balanced_softmax` | cross-entropy of `z_c + log n_c` | Ren et al., 2020 |
+    | `logit_adjustment` | cross-entropy of `z_c + strength * log p(c)` | Menon et al., 2021 |
+    | `lade` | cross-entropy of `z_c + log p(c)` and the regulariser LADER | Hong et al., 2021 |
+
+    Weights are scaled to a mean of 1 over the classes. A class without a training picture counts as one picture.
+
+    Args:
+        name: one of the table.
+        class_counts: training pictures of each class, in label order; all but the first two losses need it.
+        label_smoothing: share of the target that is spread over all classes, from 0 to below 1; not for `focal`.
+        focal_gamma: gamma of `focal`.
+        ldam_max_margin: margin of the rarest class, on the cosine's scale.
+        ldam_scale: what multiplies the cosines in the logits, `s`.
+        class_balanced_beta: beta of `class_balanced`, from 0 (no weights) to below 1.
+        reweight_exponent: exponent of `generalized_reweight`.
+        adjustment_strength: tau of `logit_adjustment`.
+        lade_weight: weight of LADER.
+
+    Returns:
+        A callable `loss(logits, labels, reduction="mean")` in float32.
+
+    Raises:
+        ValueError: an unknown name, missing or negative counts, a smoothing out of range or not applicable.
+
+    Example:
+
+    >>> import torch
+    >>> from ballad_hf.training.losses import build_classification_loss
+    >>> loss = build_classification_loss("balanced_softmax", class_counts=[300, 100])
+    >>> round(loss(torch.zeros(1, 2), torch.tensor([1])).item(), 4)  # -ln(100 / 400)
+    1.3863
+    """
+    if name not in CLASSIFICATION_LOSSES:
+        raise ValueError(
+            f"There is no classification loss {name!r}: choose one of {', '.join(CLASSIFICATION_LOSSES)}."
+        )
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}: choose a number from 0 to below 1, such as 0.1.")
+    if name == "focal" and label_smoothing:
+        raise ValueError("The focal loss is defined for one right class: use label_smoothing=0 with it.")
+    if name == "cross_entropy":
+        return ClassificationLoss(name, partial(cross_entropy, label_smoothing=label_smoothing))
+    if name == "focal":
+        return ClassificationLoss(name, partial(focal, gamma=focal_gamma))
+
+    counts = _check_counts(name, class_counts)
+    log_prior = (counts / counts.sum()).log()
+    if name == "ldam":
+        margins = counts**-0.25
+        margins = margins * (ldam_scale * ldam_max_margin / margins.max())
+        return ClassificationLoss(
+            name, partial(margin_cross_entropy, label_smoothing=label_smoothing), margins=margins.float()
+        )
+    if name == "balanced_softmax":
+        return ClassificationLoss(
+            name, partial(adjusted_cross_entropy, label_smoothing=label_smoothing), offsets=counts.log().float()
+        )
+    if name == "logit_adjustment":
+        offsets = (adjustment_strength * log_prior).float()
+        return ClassificationLoss(
+            name, partial(adjusted_cross_entropy, label_smoothing=label_smoothing), offsets=offsets
+        )
+    if name == "lade":
+        terms = partial(lade, class_weight=lade_weight, label_smoothing=label_smoothing)
+        return ClassificationLoss(name, terms, log_prior=log_prior.float())
+    if name == "class_balanced":
+        if not 0 <= class_balanced_beta < 1:
+            raise ValueError(
+                f"class_balanced_beta is {class_balanced_beta}: choose from 0 to below 1, such as 0.9999."
+            )
+        weights = (1 - class_balanced_beta) / (1 - class_balanced_beta**counts)
+    else:
+        weights = (-reweight_exponent * log_prior).exp()
+    weights = weights / weights.mean()
+    return ClassificationLoss(
+        name, partial(weighted_cross_entropy, label_smoothing=label_smoothing), weights=weights.float()
+    )
+
+
+def _of_label(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return values.gather(-1, labels[..., None]).squeeze(-1)  # (..., batch)
+
+
+def _check_counts(name: str, class_counts: Sequence[int] | torch.Tensor | None) -> torch.Tensor:
+    if class_counts is None:
+        raise ValueError(f"The loss {name!r} needs class_counts: the training pictures of each class, in label order.")
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)  # (classes,)
+    if counts.ndim != 1 or not len(counts):
+        raise ValueError(f"class_counts has shape {tuple(counts.shape)}: give one number a class, in label order.")
+    wrong = torch.nonzero(~(counts >= 0)).flatten().tolist()
+    if wrong:
+        raise ValueError(f"class_counts is negative or not a number for the classes {wrong[:20]}: give 0 or more.")
+    return counts.clamp(min=1)
