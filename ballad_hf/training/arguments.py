@@ -1,5 +1,6 @@
 """What a run is told, one dataclass a stage, each checked where it is made."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -89,9 +90,38 @@ class PhaseAArguments:
 class PhaseBArguments:
     """Balanced adapting over cached features (phase B)."""
 
-    epochs: int = 10
-    batch_size: int = 512
-    learning_rate: float = 0.2
+    epochs: int = _option("epochs; 0 leaves the adapter as it is", 10)
+    batch_size: int = _option("features a step", 512)
+    learning_rate: float = _option("peak rate of SGD", 0.2)
+    momentum: float = _option("of SGD", 0.9)
+    weight_decay: float = _option("of SGD, on the adapter's matrix", 5e-4)
+    schedule: Literal["cosine", "constant"] = _option("rate over the steps", "cosine")
+    loss: str = _option("classification loss, see `build_classification_loss`", "cross_entropy")
+    label_smoothing: float = _option("share of the target spread over all classes", 0.0)
+    sampler: Literal["class_aware", "power", "progressive"] = _option("how rows are drawn", "class_aware")
+    samples_per_class: int = _option("rows of a class drawn in a row by the class-aware sampler", 4)
+    sampler_power: float = _option("classes are drawn as count ** power by the power sampler: 0 balanced, 1 as is", 0.5)
+    adapter_start: Literal["model", "identity", "random"] = _option(
+        "matrix that training starts from: the model's own, or a fresh one", "model"
+    )
+    views: int = _option("cached views of a training picture: 1 is the plain one, more are augmented", 1)
+
+    def __post_init__(self):
+        if self.epochs < 0:
+            raise ValueError(f"epochs is {self.epochs}: give 1 or more, or 0 to leave the adapter as it is.")
+        for name in ("batch_size", "samples_per_class", "views"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate is {self.learning_rate}: give a finite number above 0, such as 0.2.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}: choose a number from 0 to below 1, such as 0.9.")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay is {self.weight_decay}: give 0 or more, such as 5e-4.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}: choose a number from 0 to below 1.")
+        if not (math.isfinite(self.sampler_power) and self.sampler_power >= 0):
+            raise ValueError(f"sampler_power is {self.sampler_power}: 0 draws classes alike, 1 as often as they occur.")
 
 
 @dataclass
