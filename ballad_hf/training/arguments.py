@@ -1,15 +1,24 @@
 """What a run is told, one dataclass a stage, each checked where it is made."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 from ..models.configuration_ballad import DEFAULT_TEMPLATE
 
 
 def _option(help: str, default=None):
     return field(default=default, metadata={"help": help})
+
+
+def _check_choices(arguments):
+    """Refuse a value that is not among the choices of its field; the command line's parser does so on its own."""
+    for option in fields(arguments):
+        value = getattr(arguments, option.name)
+        if get_origin(option.type) is Literal and value not in get_args(option.type):
+            choices = ", ".join(map(str, get_args(option.type)))
+            raise ValueError(f"{option.name} is {value!r}: choose one of {choices}.")
 
 
 @dataclass
@@ -96,17 +105,27 @@ class PhaseBArguments:
     momentum: float = _option("of SGD", 0.9)
     weight_decay: float = _option("of SGD, on the adapter's matrix", 5e-4)
     schedule: Literal["cosine", "constant"] = _option("rate over the steps", "cosine")
-    loss: str = _option("classification loss, see `build_classification_loss`", "cross_entropy")
+    loss: Literal[
+        "cross_entropy",
+        "focal",
+        "ldam",
+        "class_balanced",
+        "generalized_reweight",
+        "balanced_softmax",
+        "logit_adjustment",
+        "lade",
+    ] = _option("classification loss", "cross_entropy")
     label_smoothing: float = _option("share of the target spread over all classes", 0.0)
     sampler: Literal["class_aware", "power", "progressive"] = _option("how rows are drawn", "class_aware")
     samples_per_class: int = _option("rows of a class drawn in a row by the class-aware sampler", 4)
-    sampler_power: float = _option("classes are drawn as count ** power by the power sampler: 0 balanced, 1 as is", 0.5)
+    sampler_power: float = _option("the power sampler draws a class as count ** power: 0 balanced, 1 as is", 0.5)
     adapter_start: Literal["model", "identity", "random"] = _option(
         "matrix that training starts from: the model's own, or a fresh one", "model"
     )
     views: int = _option("cached views of a training picture: 1 is the plain one, more are augmented", 1)
 
     def __post_init__(self):
+        _check_choices(self)
         if self.epochs < 0:
             raise ValueError(f"epochs is {self.epochs}: give 1 or more, or 0 to leave the adapter as it is.")
         for name in ("batch_size", "samples_per_class", "views"):
@@ -121,7 +140,7 @@ class PhaseBArguments:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}: choose a number from 0 to below 1.")
         if not (math.isfinite(self.sampler_power) and self.sampler_power >= 0):
-            raise ValueError(f"sampler_power is {self.sampler_power}: 0 draws classes alike, 1 as often as they occur.")
+            raise ValueError(f"sampler_power is {self.sampler_power}: 0 draws classes alike, 1 as they occur.")
 
 
 @dataclass
