@@ -236,7 +236,7 @@ def optimizer_to_tensors(
     A collective call where the module is spread over processes; the main one gets the result.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    content = get_optimizer_state_dict(module, optimizer, options=options)
+    content: Any = get_optimizer_state_dict(module, optimizer, options=options)
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, Any] = {}
     for parameter, values in content["state"].items():
@@ -266,7 +266,7 @@ def optimizer_from_tensors(
     groups = []
     for group in optimizer.param_groups:
         groups.append({name: value for name, value in group.items() if name != "params"})
-    content = {
+    content: Any = {
         "state": state,
         "param_groups": [{**now, **then} for now, then in zip(groups, rest["groups"], strict=True)],
     }

@@ -1,0 +1,65 @@
+"""Class prompts: the same features as the naive way, from fewer tokens."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ballad_hf.data.prompts import ClassPrompts
+from ballad_hf.models.tiny_clip import build_tiny_clip
+
+
+NAMES = ["cat", "Siberian husky", "owl", "a very long name of a red fox"]
+TEMPLATES = ["a photo of a {}.", "{}"]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return build_tiny_clip(width=32, layers=1, projection_dim=16, patch_size=16, words=["photo", "cat", "owl", "fox"])
+
+
+@pytest.fixture(scope="module")
+def prompts(encoder):
+    return ClassPrompts(NAMES, TEMPLATES, encoder.tokenizer, encoder.clip.config)
+
+
+@settings(max_examples=15, deadline=None)
+@given(classes=st.lists(st.integers(0, 3), min_size=1, max_size=6))
+def test_features_equal_those_of_prompts_padded_to_77(encoder, prompts, classes):
+    texts = [template.format(NAMES[index]) for index in classes for template in TEMPLATES]
+    naive = encoder.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        expected = encoder.clip.get_text_features(**naive).pooler_output
+        ours = encoder.clip.get_text_features(**prompts.batch(classes)).pooler_output
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
+
+
+def test_a_batch_is_as_long_as_its_longest_prompt(encoder, prompts):
+    length = len(encoder.tokenizer("a photo of a cat.")["input_ids"])
+    assert prompts.batch([0])["input_ids"].shape == (2, length)
+    assert prompts.batch([0])["attention_mask"].sum(1).tolist() == [length, len(encoder.tokenizer("cat")["input_ids"])]
+    assert prompts.batch([])["input_ids"].shape == (0, 0)
+
+
+def test_groups_by_length_cover_the_classes_once_and_pad_less(prompts):
+    groups = list(prompts.by_length([3, 0, 1, 2], size=2))
+    assert torch.cat(groups).sort().values.tolist() == [0, 1, 2, 3]
+    lengths = [prompts.batch(group)["input_ids"].shape[1] for group in groups]
+    assert lengths == sorted(lengths)
+    assert set(groups[0].tolist()) == {0, 2}  # "cat" and "owl", before the two long names
+
+
+def test_a_tower_trained_on_one_length_keeps_it(encoder):
+    class Siglip:
+        model_type = "siglip"
+        text_config = encoder.clip.config.text_config
+
+    prompts = ClassPrompts(NAMES, TEMPLATES, encoder.tokenizer, Siglip)
+    assert prompts.batch([0])["input_ids"].shape == (2, 77)
+
+
+def test_bad_names_and_templates_are_refused(encoder):
+    with pytest.raises(ValueError, match="cat"):
+        ClassPrompts(["cat", "cat"], TEMPLATES, encoder.tokenizer, encoder.clip.config)
+    with pytest.raises(ValueError, match="a photo"):
+        ClassPrompts(["cat"], ["a photo"], encoder.tokenizer, encoder.clip.config)
