@@ -1,0 +1,35 @@
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from ballad_hf.training.preflight import check_before_training
+
+
+def splits_of(names, counts):
+    return SimpleNamespace(
+        class_names=names, class_counts=counts, train=SimpleNamespace(image=lambda index: Image.new("RGB", (40, 50)))
+    )
+
+
+def test_good_data_passes(tiny_clip):
+    check_before_training(tiny_clip.clip, splits_of(["cat", "dog"], [5, 1]), tiny_clip.image_processor)
+
+
+def test_one_class_is_no_classification(tiny_clip):
+    with pytest.raises(ValueError, match=r"one class only \(cat\)"):
+        check_before_training(tiny_clip.clip, splits_of(["cat"], [5]), tiny_clip.image_processor)
+
+
+def test_every_class_without_a_training_picture_is_named(tiny_clip):
+    with pytest.raises(ValueError, match="2 classes have no training picture: dog, owl"):
+        splits = splits_of(["cat", "dog", "fox", "owl"], [5, 0, 1, 0])
+        check_before_training(tiny_clip.clip, splits, tiny_clip.image_processor)
+
+
+def test_a_picture_size_that_the_tower_cannot_take_is_named(tiny_clip):
+    image_processor = type(tiny_clip.image_processor)(
+        size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}
+    )
+    with pytest.raises(ValueError, match=r"can't take pictures of 48 x 48 pixels.*32\*32"):
+        check_before_training(tiny_clip.clip, splits_of(["cat", "dog"], [5, 1]), image_processor)
