@@ -1,0 +1,116 @@
+"""Logits and accuracies of adapters on a feature table, for one adapter or a whole stack of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .table import FeatureTable
+
+
+GROUPS = ("overall", "mean_class", "many", "medium", "few")
+_MOST_LOGITS = 2**25  # 128 MiB of float32 at a time
+
+
+def adapted_logits(
+    features: torch.Tensor,
+    weights: torch.Tensor,
+    ratios: torch.Tensor | float,
+    class_embeds: torch.Tensor,
+    logit_scales: torch.Tensor | float,
+) -> torch.Tensor:
+    """`scale * cos(ratio * W f + (1 - ratio) * f, t_c)`, the model's own forward after the image tower.
+
+    Args:
+        features: (n, dim), before the adapter, not normalised.
+        weights: (dim, dim), or (adapters, dim, dim).
+        ratios: one, or (adapters,).
+        class_embeds: (classes, dim), rows of length 1.
+        logit_scales: one, or (adapters,).
+
+    Returns:
+        Logits of shape (n, classes), or (adapters, n, classes).
+    """
+    if weights.ndim == 3:
+        ratios = torch.as_tensor(ratios, dtype=features.dtype, device=features.device).reshape(-1, 1, 1)
+        logit_scales = torch.as_tensor(logit_scales, dtype=features.dtype, device=features.device).reshape(-1, 1, 1)
+    mapped = features @ weights.mT  # (..., n, dim)
+    embeds = F.normalize(torch.lerp(features.expand_as(mapped), mapped, ratios), dim=-1)  # (..., n, dim)
+    return logit_scales * (embeds @ class_embeds.T)  # (..., n, classes)
+
+
+@dataclass(frozen=True)
+class GroupAccuracies:
+    """Accuracies, as fractions, of a stack of adapters. A group without a class in the data is `None`.
+
+    Args:
+        by_class: (adapters, classes) accuracy; NaN for a class without rows.
+        groups: from `overall`, `mean_class`, `many`, `medium` and `few` to (adapters,) accuracies.
+    """
+
+    by_class: torch.Tensor
+    groups: Mapping[str, torch.Tensor | None]
+
+    def of(self, adapter: int = 0) -> dict[str, float | None]:
+        """The accuracies of one adapter."""
+        return {name: None if values is None else float(values[adapter]) for name, values in self.groups.items()}
+
+    @classmethod
+    def from_correct(cls, correct: torch.Tensor, support: torch.Tensor, class_counts: torch.Tensor) -> GroupAccuracies:
+        """From right predictions and rows of each class.
+
+        Args:
+            correct: (adapters, classes) right predictions.
+            support: (classes,) rows.
+            class_counts: (classes,) training pictures, which make the shot groups.
+        """
+        from ..data.shots import ShotGroups
+
+        correct, support = correct.double().cpu(), support.double().cpu()
+        by_class = correct / support  # (adapters, classes); 0 / 0 is NaN
+        seen = support > 0
+        shots = ShotGroups.from_counts(class_counts.cpu().numpy())
+        members = {"mean_class": seen}
+        for name in ("many", "medium", "few"):
+            mask = torch.zeros(len(support), dtype=torch.bool)
+            mask[torch.as_tensor(getattr(shots, name), dtype=torch.int64)] = True
+            members[name] = mask & seen
+        groups: dict[str, torch.Tensor | None] = {"overall": correct.sum(dim=1) / support.sum()}
+        for name, mask in members.items():
+            groups[name] = by_class[:, mask].mean(dim=1) if mask.any() else None
+        return cls(by_class, groups)
+
+
+@torch.no_grad()
+def adapter_accuracies(
+    table: FeatureTable,
+    weights: torch.Tensor,
+    ratios: torch.Tensor | float,
+    class_counts: torch.Tensor | None = None,
+) -> GroupAccuracies:
+    """Accuracies of one adapter (dim, dim) or a stack (adapters, dim, dim) on a table; its views are averaged.
+
+    Args:
+        table: the rows to score.
+        weights: on the device that does the work.
+        ratios: one, or (adapters,).
+        class_counts: training pictures of each class, for the shot groups; default: the table's own.
+    """
+    stack = weights.reshape(-1, table.dim, table.dim)
+    ratios = torch.as_tensor(ratios, dtype=torch.float32, device=stack.device).expand(len(stack))
+    class_embeds = table.class_embeds.to(stack.device)
+    correct = torch.zeros(len(stack), table.classes, dtype=torch.int64, device=stack.device)
+    rows = max(1, _MOST_LOGITS // (len(stack) * table.classes * table.views))
+    for features, labels in table.batches(rows):
+        n = len(labels)
+        flat = features.to(stack.device).float().flatten(0, 1)  # (n * views, dim)
+        logits = adapted_logits(flat, stack, ratios, class_embeds, 1.0)  # (adapters, n * views, classes)
+        logits = logits.view(len(stack), n, table.views, -1).mean(dim=2)  # (adapters, n, classes)
+        labels = labels.to(stack.device)
+        right = (logits.argmax(dim=-1) == labels).long()  # (adapters, n)
+        correct.scatter_add_(1, labels.expand_as(right), right)
+    support = torch.bincount(table.labels, minlength=table.classes)
+    return GroupAccuracies.from_correct(correct, support, table.class_counts if class_counts is None else class_counts)
