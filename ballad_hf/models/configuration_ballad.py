@@ -131,7 +131,7 @@ def _as_config(clip_config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     values = dict(clip_config)
     model_type = values.pop("model_type", "clip")
     if model_type == "clip_resnet":
-        from .modeling_clip_resnet import CLIPResNetConfig
+        from .configuration_clip_resnet import CLIPResNetConfig
 
         return CLIPResNetConfig(**values)
     from transformers import CONFIG_MAPPING
