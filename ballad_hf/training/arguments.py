@@ -88,11 +88,116 @@ class ModelArguments:
 
 @dataclass
 class PhaseAArguments:
-    """Continued pretraining of the towers (phase A)."""
+    """Continued pretraining of the towers (phase A). Every choice is explained in docs/training.md."""
 
-    epochs: int = 50
-    batch_size: int = 512
-    learning_rate: float = 1e-5
+    epochs: int = _option("passes over the training part; 0 leaves the towers as they are", 50)
+    max_steps: int | None = _option("stop after this many steps, for a quick try")
+    batch_size: int = _option("pictures a step, over all processes", 512)
+    micro_batch_size: int | None = _option(
+        "pictures a process runs at once; the gradients are those of the whole batch"
+    )
+    loss: Literal[
+        "contrastive",
+        "class_prompt",
+        "focal",
+        "ldam",
+        "class_balanced",
+        "generalized_reweight",
+        "balanced_softmax",
+        "logit_adjustment",
+        "lade",
+    ] = _option(
+        "'contrastive' is the paper's, 'class_prompt' the official code's; the rest are for long tails", "contrastive"
+    )
+    label_smoothing: float = _option("share of the target spread over all classes; not for contrastive and focal", 0.0)
+    sampler: Literal["instance", "class_aware", "power", "progressive"] = _option(
+        "how pictures are drawn: as they are, or balanced", "instance"
+    )
+    train: Literal["both", "image", "text", "projections"] = _option("what is trained", "both")
+    train_logit_scale: bool = _option("train the logit scale too, where the model has one of its own", True)
+    lora_rank: int = _option("train low-rank updates of this rank instead of the towers' weights; 0: the weights", 0)
+    lora_alpha: float = _option("strength of the low-rank updates: they are scaled by alpha / rank", 16.0)
+    lora_dropout: float = _option("dropout before the low-rank updates", 0.0)
+    optimizer: Literal["sgd", "adamw"] = _option("how weights are updated", "sgd")
+    learning_rate: float = _option("peak rate of the image tower, and of what has none of its own", 1e-5)
+    text_learning_rate: float | None = _option("peak rate of the text tower")
+    head_learning_rate: float | None = _option("peak rate of the projections and the logit scale")
+    layer_decay: float = _option("rate of a layer over that of the layer above; 1: all alike", 1.0)
+    weight_decay: float = _option("of the optimizer", 5e-4)
+    decay_all: bool = _option("decay norms, biases and the logit scale too, as the official code does", False)
+    momentum: float = _option("of SGD", 0.9)
+    adam_beta1: float = _option("of AdamW", 0.9)
+    adam_beta2: float = _option("of AdamW; CLIP was trained with 0.98", 0.98)
+    adam_epsilon: float = _option("of AdamW", 1e-6)
+    schedule: Literal["cosine", "constant", "official"] = _option(
+        "rate over the steps; 'official' changes it once an epoch, before the epoch, down to 0 in the last", "cosine"
+    )
+    warmup_epochs: float = _option("epochs in which the rate rises to its peak", 0.0)
+    max_grad_norm: float | None = _option("clip the norm of all gradients together to this")
+    ema_decay: float | None = _option("evaluate and keep an exponential moving average of the weights, such as 0.999")
+    batch_norm: Literal["frozen", "train"] = _option("running statistics of a ResNet: kept, or updated", "frozen")
+    activation_checkpointing: bool = _option("compute activations again in the backward pass, to save memory", False)
+    torch_compile: bool = _option("compile the towers", False)
+    crop_scale: float = _option("smallest share of a picture's area that a random crop keeps; 1 with no crop", 0.5)
+    horizontal_flip: float = _option("probability of a mirrored picture", 0.5)
+    color_jitter: float = _option("strength of random brightness, contrast and saturation", 0.4)
+    validate_every_epochs: int = _option("epochs between two validations", 1)
+    metric_for_best: Literal[
+        "mean_class", "overall", "many", "medium", "few", "worst_class", "harmonic_mean", "geometric_mean", "macro_f1"
+    ] = _option("validation metric that chooses what is kept", "mean_class")
+    early_stopping_patience: int | None = _option("stop after this many validations without a better one")
+    tail_guard: Literal["warn", "interpolate", "stop", "off"] = _option(
+        "what to do where few-shot accuracy falls below zero-shot", "warn"
+    )
+    checkpoint_every_steps: int | None = _option("steps between two checkpoints; else one a validation")
+    checkpoint_every_minutes: float | None = _option("minutes between two checkpoints")
+    keep_checkpoints: int = _option("how many checkpoints are kept", 2)
+    logging_steps: int = _option("steps between two reports of the loss", 50)
+
+    def __post_init__(self):
+        _check_choices(self)
+        if self.epochs < 0:
+            raise ValueError(f"epochs is {self.epochs}: give 1 or more, or 0 to leave the towers as they are.")
+        for name in ("batch_size", "validate_every_epochs", "keep_checkpoints", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more.")
+        for name in ("micro_batch_size", "max_steps", "early_stopping_patience", "checkpoint_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: give 1 or more, or leave it out.")
+        for name in ("learning_rate", "text_learning_rate", "head_learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}: give a finite number above 0.")
+        for name in ("label_smoothing", "momentum", "adam_beta1", "adam_beta2", "lora_dropout", "ema_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}: choose a number from 0 to below 1.")
+        for name in ("weight_decay", "warmup_epochs", "color_jitter", "lora_rank", "adam_epsilon"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}: give a finite number, 0 or more.")
+        for name in ("layer_decay", "crop_scale"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose a number above 0 and up to 1.")
+        if not 0 <= self.horizontal_flip <= 1:
+            raise ValueError(f"horizontal_flip is {self.horizontal_flip}: choose a probability from 0 to 1.")
+        if self.checkpoint_every_minutes is not None and not self.checkpoint_every_minutes > 0:
+            raise ValueError(f"checkpoint_every_minutes is {self.checkpoint_every_minutes}: give more than 0.")
+        if self.label_smoothing and self.loss in ("contrastive", "focal"):
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}, but the loss {self.loss!r} has no such target: set it to "
+                "0, or choose another loss, such as 'class_prompt'."
+            )
+        if self.lora_rank and self.train == "projections":
+            raise ValueError("lora_rank is for the towers: choose train='both', 'image' or 'text' with it.")
+        if self.batch_norm == "train" and self.micro_batch_size is not None:
+            raise ValueError(
+                "batch_norm='train' takes its statistics from the whole batch: leave micro_batch_size out, or choose "
+                "batch_norm='frozen'."
+            )
+        if self.warmup_epochs and self.schedule == "official":
+            raise ValueError("The schedule 'official' has no warm-up: set warmup_epochs to 0, or choose 'cosine'.")
 
 
 @dataclass
