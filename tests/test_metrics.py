@@ -18,8 +18,8 @@ def _logits_for(predicted, classes):
     return torch.nn.functional.one_hot(torch.tensor(predicted), classes).float() * 3
 
 
-# Class 0 (500 training pictures, many): 3 of 4 right. Class 1 (100, medium, as the limit itself is not many): 1 of 2.
-# Class 2 (20, medium, as the limit itself is not few): 0 of 1. Class 3 (19, few): 2 of 2. Class 4 (5, few): no picture.
+# Class 0 (500 training pictures, many): 3 of 4 right. Class 1 (100, medium, as the limit is not many): 1 of 2.
+# Class 2 (20, medium, as the limit is not few): 0 of 1. Class 3 (19, few): 2 of 2. Class 4 (5, few): no picture.
 LABELS = [0, 0, 0, 0, 1, 1, 2, 3, 3]
 PREDICTED = [0, 0, 0, 1, 1, 0, 3, 3, 3]
 COUNTS = [500, 100, 20, 19, 5]
@@ -96,7 +96,9 @@ def test_calibration_bins_are_open_below_and_closed_above():
     assert summed == pytest.approx([0.3, 0.21, 0, 0, 1.0])
     assert right.tolist() == [1, 1, 0, 0, 1]
     # Gaps: |0.3 - 1| + |0.21 - 1| + 0, over four pictures.
-    assert calibration_error(np.array([0.1, 0.2, 0.21, 1.0]), np.array([1, 0, 1, 1]), bins=5) == pytest.approx(1.49 / 4)
+    assert calibration_error(np.array([0.1, 0.2, 0.21, 1.0]), np.array([1, 0, 1, 1]), bins=5) == pytest.approx(
+        1.49 / 4
+    )
 
 
 @settings(max_examples=40, deadline=None)

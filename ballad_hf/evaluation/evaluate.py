@@ -10,7 +10,6 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from ..data.transforms import evaluation_transform
 from ..features.scoring import adapted_logits
 from ..features.table import FeatureTable
 from .metrics import LongTailMetrics
@@ -127,6 +126,8 @@ def predict(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: give 1 picture or more.")
     if transform is None and image_processor is not None:
+        from ..data.transforms import evaluation_transform
+
         transform = evaluation_transform(image_processor)
     if transform is not None:
         split = split.with_transform(transform)

@@ -125,7 +125,7 @@ class LongTailMetrics:
             raise ValueError(
                 "Some pictures have the label -1 (no class of the model): take them out, or use open_set_metrics."
             )
-        groups = None if counts is None else ShotGroups.from_counts(counts, many_above, few_below)
+        groups = _shot_classes(counts, many_above, few_below)
         support, right, claimed = _class_counts(predictions)
         present = support > 0
         accuracy = right[present] / support[present]  # (classes of the split,)
@@ -135,7 +135,7 @@ class LongTailMetrics:
             samples=len(predictions),
             overall=float(right.sum() / support.sum()),
             mean_class=float(accuracy.mean()),
-            **{name: _mean_of(by_class, _group(groups, name)) for name in GROUPS},
+            **{name: _mean_of(by_class, members) for name, members in groups.items()},
             worst_class=float(accuracy.min()),
             harmonic_mean=harmonic_mean(accuracy),
             geometric_mean=geometric_mean(accuracy),
@@ -143,7 +143,7 @@ class LongTailMetrics:
             top_5=float((predictions.rank < 5).mean()) if classes > 5 else None,
             negative_log_likelihood=float(predictions.negative_log_likelihood.mean(dtype=np.float64)),
             expected_calibration_error=calibration_error(predictions.confidence, predictions.correct),
-            **{f"{name}_calibration_error": _group_calibration(predictions, _group(groups, name)) for name in GROUPS},
+            **{f"{name}_calibration_error": _calibration_of(predictions, members) for name, members in groups.items()},
             class_accuracy=tuple(
                 float(value) if there else None for value, there in zip(by_class, present, strict=True)
             ),
@@ -160,6 +160,12 @@ class LongTailMetrics:
         counts = self.train_counts or (0,) * len(self.class_accuracy)
         present = [index for index, accuracy in enumerate(self.class_accuracy) if accuracy is not None]
         return min(present, key=lambda index: (self.class_accuracy[index], counts[index], index))
+
+    @property
+    def shot_classes(self) -> dict[str, np.ndarray]:
+        """The classes of `many`, `medium` and `few`, sorted; empty where a group does not exist."""
+        counts = None if self.train_counts is None else np.asarray(self.train_counts)
+        return _shot_classes(counts, self.many_above, self.few_below)
 
     def to_dict(self) -> dict[str, Any]:
         """All figures under their names, ready for JSON."""
@@ -234,9 +240,10 @@ def _class_counts(predictions: Predictions) -> tuple[np.ndarray, np.ndarray, np.
     return support, right, claimed
 
 
-def _group(groups: ShotGroups | None, name: str) -> np.ndarray:
-    members = None if groups is None else getattr(groups, name)
-    return np.asarray([] if members is None else members, dtype=np.int64)
+def _shot_classes(counts: np.ndarray | None, many_above: int, few_below: int) -> dict[str, np.ndarray]:
+    """The classes of every group, (classes of the group,) each; none where it does not exist."""
+    there = {} if counts is None else dict(ShotGroups.from_counts(counts, many_above, few_below).items())
+    return {name: np.asarray(there.get(name, ()), dtype=np.int64) for name in GROUPS}
 
 
 def _mean_of(by_class: np.ndarray, members: np.ndarray) -> float | None:
@@ -245,7 +252,7 @@ def _mean_of(by_class: np.ndarray, members: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def _group_calibration(predictions: Predictions, members: np.ndarray) -> float | None:
+def _calibration_of(predictions: Predictions, members: np.ndarray) -> float | None:
     is_member = np.zeros(predictions.num_classes, dtype=bool)
     is_member[members] = True
     chosen = is_member[predictions.labels]
