@@ -98,7 +98,7 @@ def save_bundle(
     >>> from ballad_hf.models.tiny_clip import build_tiny_clip
     >>> clip, tokenizer, image_processor = build_tiny_clip()
     >>> model = BalladForImageClassification.from_dual_encoder(clip, ["cat", "dog"], tokenizer)
-    >>> folder = save_bundle(tempfile.mkdtemp(), model, tokenizer, image_processor, metrics={"zero_shot": {"few": 0.1}})
+    >>> folder = save_bundle(tempfile.mkdtemp(), model, tokenizer, image_processor, metrics={"zero_shot": {"few": 0}})
     >>> sorted(file.name for file in folder.glob("*.json"))  # doctest: +NORMALIZE_WHITESPACE
     ['config.json', 'metrics.json', 'preprocessor_config.json', 'tokenizer.json', 'tokenizer_config.json']
     """

@@ -23,7 +23,11 @@ class BalladConfig(PreTrainedConfig):
         logit_scale: multiplier of the cosine similarities; `None` takes the CLIP model's own learnt scale. The
             official code fixes 100.
         templates: prompts that name a class at `{}`; the embeddings of several are averaged.
+        class_descriptions: class name -> prompts that take the place of the templates for that class.
         class_counts: training images of each class, in label order. Kept for the shot groups and the prior dial.
+        target_prior: class prior where the model is used: `"uniform"`, `"train"`, a power of the training counts, or
+            one weight a class; `None` leaves the logits alone. Set it by `set_target_prior`.
+        source_prior: the prior that the logits are right under without it, in the same forms.
         label_bank_fingerprint: the class names, templates and text weights that the stored class embeddings were made
             from. Written by `set_class_names`; never set it by hand.
         has_text_tower: `False` for a vision-only bundle, which serves its stored classes and no others.
@@ -48,7 +52,10 @@ class BalladConfig(PreTrainedConfig):
     adapter_init: str = "identity"
     logit_scale: float | int | None = None
     templates: list[str] | tuple[str, ...] = (DEFAULT_TEMPLATE,)
+    class_descriptions: dict[str, list[str]] | None = None
     class_counts: list[int] | None = None
+    target_prior: str | float | int | list[float] | None = None
+    source_prior: str | float | int | list[float] = "uniform"
     label_bank_fingerprint: str | None = None
     has_text_tower: bool = True
     initializer_range: float = 0.02

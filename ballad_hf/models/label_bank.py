@@ -1,18 +1,21 @@
 """From class names to class embeddings: prompts, their features, and the fingerprint that keeps both in step.
 
 A class embedding is the mean of the normalised text features of the class's prompts, normalised again (Radford et al.,
-2021, section 3.1.4, for prompt ensembles; one template gives the plain CLIP classifier).
+2021, section 3.1.4, for prompt ensembles; one template gives the plain CLIP classifier). A class's prompts are the
+templates with its name, or its own descriptions (Menon and Vondrick, 2023, https://arxiv.org/abs/2210.07183).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -20,6 +23,8 @@ from .configuration_ballad import check_templates
 
 
 logger = logging.get_logger(__name__)
+
+_VALUES_OF_A_TENSOR = 1024  # that enter its fingerprint: a training step changes nearly all
 
 
 def check_class_names(class_names: Sequence[str]) -> list[str]:
@@ -38,20 +43,118 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     return names
 
 
-def names_fingerprint(class_names: Sequence[str], templates: Sequence[str]) -> str:
-    """Fingerprint of what the class embeddings say; it changes with any name, their order, or a template."""
-    content = json.dumps([list(class_names), list(templates)], ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+def check_descriptions(descriptions: Mapping[str, Sequence[str]], class_names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the descriptions as plain lists, or raise a `ValueError` for an unknown class or an empty entry."""
+    unknown = sorted(set(descriptions) - set(class_names))
+    if unknown:
+        raise ValueError(f"descriptions names classes that do not exist: {', '.join(map(repr, unknown))}.")
+    for name, texts in descriptions.items():
+        if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"The descriptions of {name!r} are {texts!r}: give a list of non-empty texts.")
+    return {name: list(texts) for name, texts in descriptions.items()}
+
+
+def class_prompts(
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    descriptions: Mapping[str, Sequence[str]] | None = None,
+) -> list[list[str]]:
+    """The prompts of each class: its descriptions where it has some, else the templates with its name.
+
+    Example:
+
+    >>> from ballad_hf.models.label_bank import class_prompts
+    >>> class_prompts(["cat", "owl"], ["a photo of a {}."], {"owl": ["a round face", "wings that make no sound"]})
+    [['a photo of a cat.'], ['a round face', 'wings that make no sound']]
+    """
+    check_templates(templates)
+    own = descriptions or {}
+    return [
+        list(own[name]) if name in own else [template.replace("{}", name) for template in templates]
+        for name in class_names
+    ]
+
+
+def names_fingerprint(
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    descriptions: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """Fingerprint of what the class embeddings say; it changes with any name, their order, or a prompt."""
+    said: list = [list(class_names), list(templates)]
+    if descriptions:
+        said.append({name: list(texts) for name, texts in sorted(descriptions.items())})
+    return hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()[:32]
+
+
+def text_parameters(clip: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a text feature depends on: all but the image tower's and the scale's.
+
+    Walks the modules by hand, because this is asked at every forward pass and `named_parameters` takes eight times
+    as long.
+    """
+    found: list[nn.Parameter] = []
+    waiting = [
+        module
+        for name, module in clip._modules.items()
+        if module is not None and not name.startswith(("vision", "visual"))
+    ]
+    while waiting:
+        module = waiting.pop()
+        found.extend(parameter for parameter in module._parameters.values() if parameter is not None)
+        waiting.extend(child for child in module._modules.values() if child is not None)
+    return found
+
+
+@torch.no_grad()
+def text_weights_fingerprint(clip: nn.Module) -> str:
+    """Fingerprint of the text tower's weights, as `dtype:digest`: evenly spaced values of every tensor.
+
+    It is the same on every device and after saving and loading. In another dtype the weights are rounded, and the
+    two fingerprints can't be compared; the dtype in front tells so.
+    """
+    parameters = text_parameters(clip)
+    if not parameters:
+        return "none:"
+    values = []
+    for parameter in parameters:
+        flat = parameter.detach().reshape(-1)
+        # An odd step visits every column of a matrix whose width is a power of two.
+        values.append(flat[:: max(1, flat.numel() // _VALUES_OF_A_TENSOR) | 1].double())
+    content = torch.cat(values).cpu().numpy().tobytes()
+    dtype = str(parameters[0].dtype).removeprefix("torch.")
+    return f"{dtype}:{hashlib.sha256(content).hexdigest()[:32]}"
+
+
+def text_weights_state(clip: nn.Module) -> tuple:
+    """Changes whenever a text weight is written in place or replaced; costs a third of a millisecond."""
+    return tuple(
+        [
+            (id(parameter), parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
+            for parameter in text_parameters(clip)
+        ]
+    )
 
 
 def tokenize_prompts(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, clip_config: PreTrainedConfig
 ) -> dict[str, torch.Tensor]:
-    """Token batch of the prompts, padded to the longest one unless the text tower was trained on fixed lengths."""
+    """Token batch of the prompts, padded to the longest one unless the text tower was trained on fixed lengths.
+
+    A prompt that is too long for the text tower is cut, with a warning that names it.
+    """
     max_length = min(tokenizer.model_max_length, clip_config.text_config.max_position_embeddings)
     # SigLIP pools the last position and saw 64 tokens in training, so its padding is part of the input.
     padding = "max_length" if "siglip" in clip_config.model_type else "longest"
     tokens = tokenizer(list(prompts), padding=padding, truncation=True, max_length=max_length, return_tensors="pt")
+    encodings = tokens.encodings or ()
+    cut = [prompt for prompt, encoding in zip(prompts, encodings, strict=False) if encoding.overflowing]
+    if cut:
+        shown = "; ".join(f"{prompt[:60]}..." for prompt in cut[:3])
+        logger.warning(
+            f"{len(cut)} prompts are longer than the {max_length} tokens that the text tower reads, and were cut: "
+            f"{shown}"
+        )
     return {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
 
 
@@ -62,29 +165,60 @@ def encode_class_prompts(
     class_names: Sequence[str],
     templates: Sequence[str],
     batch_size: int = 256,
+    descriptions: Mapping[str, Sequence[str]] | None = None,
 ) -> torch.Tensor:
-    """Class embeddings of a dual encoder.
+    """Class embeddings of a dual encoder. A prompt that several classes share is encoded once.
 
     Args:
         clip: the dual encoder (`CLIPModel` or alike), on any device and in any dtype.
         tokenizer: its tokenizer.
-        class_names: one name a class, all different.
+        class_names: one name a class.
         templates: prompts with `{}` for the name.
         batch_size: prompts a forward pass.
+        descriptions: class name -> prompts that take the place of the templates for this class.
 
     Returns:
         Float32 tensor of shape (classes, projection_dim) on the model's device, rows of length 1.
     """
-    check_templates(templates)
-    prompts = [template.format(name) for name in class_names for template in templates]
-    device = clip.device
-    was_training = clip.training
-    clip.eval()
-    features = []
-    for start in range(0, len(prompts), batch_size):
-        tokens = tokenize_prompts(prompts[start : start + batch_size], tokenizer, clip.config)
-        output = clip.get_text_features(**{name: value.to(device) for name, value in tokens.items()})
-        features.append(F.normalize(output.pooler_output.float(), dim=-1))  # (prompts of the batch, dim)
-    clip.train(was_training)
-    by_class = torch.cat(features).view(len(class_names), len(templates), -1)  # (classes, templates, dim)
-    return F.normalize(by_class.mean(dim=1), dim=-1)  # (classes, dim)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: give 1 prompt or more a forward pass.")
+    by_class = class_prompts(class_names, templates, descriptions)
+    # Sorted by length, so that a batch carries little padding.
+    prompts = sorted({prompt for texts in by_class for prompt in texts}, key=lambda prompt: (len(prompt), prompt))
+    row_of = {prompt: row for row, prompt in enumerate(prompts)}
+    uses = torch.tensor([(row_of[prompt], index) for index, texts in enumerate(by_class) for prompt in texts])
+    uses = uses[uses[:, 0].argsort(stable=True)]  # (uses, 2): row of the prompt, class
+    starts = range(0, len(prompts), batch_size)
+    total = None
+    with _in_evaluation_mode(clip), _progress_bar(len(starts)) as bar:
+        for start in starts:
+            tokens = tokenize_prompts(prompts[start : start + batch_size], tokenizer, clip.config)
+            output = clip.get_text_features(**{name: value.to(clip.device) for name, value in tokens.items()})
+            # Summed on the CPU: there the order of additions, and so the last bit, is always the same.
+            features = F.normalize(output.pooler_output.float(), dim=-1).cpu()  # (prompts of the batch, dim)
+            if total is None:
+                total = features.new_zeros(len(by_class), features.shape[1])  # (classes, dim)
+            first, last = torch.searchsorted(uses[:, 0].contiguous(), torch.tensor([start, start + len(features)]))
+            rows, classes = uses[first:last].unbind(dim=1)
+            total.index_add_(0, classes, features[rows - start])
+            bar.update()
+    assert total is not None
+    return F.normalize(total, dim=-1).to(clip.device)  # (classes, dim); the mean has the same direction
+
+
+@contextlib.contextmanager
+def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module's own mode is put back: parts of a model in training may be kept in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _progress_bar(batches: int):
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    quiet = batches <= 4 or (distributed and torch.distributed.get_rank() > 0)
+    return logging.tqdm(total=batches, desc="Encoding class prompts", disable=quiet, leave=False)

@@ -22,7 +22,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
 from .configuration_ballad import BalladConfig
-from .label_bank import check_class_names, encode_class_prompts, names_fingerprint
+from .label_bank import check_class_names
+from .label_bank_mixin import LabelBankMixin
+from .prior import Prior
 
 
 logger = logging.get_logger(__name__)
@@ -86,7 +88,7 @@ class BalladPreTrainedModel(PreTrainedModel):
             init.zeros_(module.class_embeds)
 
 
-class BalladForImageClassification(BalladPreTrainedModel):
+class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
     """A dual encoder, the adapter, and a label bank of class embeddings.
 
     Without text, `forward` scores the stored classes and the text tower does not run. With `input_ids` it is a
@@ -119,6 +121,7 @@ class BalladForImageClassification(BalladPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        target_prior: Prior | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> BalladOutput | tuple:
@@ -129,6 +132,8 @@ class BalladForImageClassification(BalladPreTrainedModel):
             input_ids: (texts, length) token ids; then the texts are the classes.
             attention_mask: (texts, length), 1 for tokens and 0 for padding.
             labels: (batch,) right class of each picture, for the loss.
+            target_prior: how common the stored classes are here, in the place of the config's; see
+                `set_target_prior`. Without effect on given texts.
             return_dict: `False` for a tuple.
             kwargs: passed to the image tower, such as `interpolate_pos_encoding`.
 
@@ -143,6 +148,8 @@ class BalladForImageClassification(BalladPreTrainedModel):
             text_embeds = F.normalize(text_features.float(), dim=-1)  # (texts, dim)
         image_embeds = F.normalize(image_features.float(), dim=-1)  # (batch, dim)
         logits = self.similarity(image_embeds, text_embeds)  # (batch, classes or texts)
+        shift = self.logit_shift(target_prior) if input_ids is None else None
+        logits = logits if shift is None else logits + shift
         loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
         output = BalladOutput(
             loss=loss,
@@ -181,51 +188,6 @@ class BalladForImageClassification(BalladPreTrainedModel):
         if self.config.logit_scale is not None:
             return torch.tensor(float(self.config.logit_scale), device=self.class_embeds.device)
         return self.clip.logit_scale.exp()
-
-    def stored_class_embeds(self) -> torch.Tensor:
-        """The label bank (classes, dim), after a check that it belongs to the config's class names and templates."""
-        stored = self.config.label_bank_fingerprint
-        if stored is None:
-            raise ValueError(
-                "This model has no class embeddings yet: call model.set_class_names(names, tokenizer), "
-                "or pass input_ids with the texts to compare."
-            )
-        if stored != names_fingerprint(self.config.class_names, self.config.templates):
-            raise ValueError(
-                "The class names or templates in the config are not those that the stored class embeddings were "
-                "made from, so predictions would carry wrong names: call model.set_class_names(names, tokenizer) "
-                "instead of editing the config."
-            )
-        return self.class_embeds
-
-    def set_class_names(
-        self,
-        names: Sequence[str],
-        tokenizer: PreTrainedTokenizerBase,
-        templates: Sequence[str] | None = None,
-        batch_size: int = 256,
-    ) -> None:
-        """Make `names` the classes of this model: embeddings, labels and fingerprint change together.
-
-        Args:
-            names: class names in label order, all different.
-            tokenizer: the tokenizer of the text tower.
-            templates: prompts with `{}` for the name, averaged; default: the config's.
-            batch_size: prompts a forward pass.
-
-        Raises:
-            ValueError: an empty or repeated name, a template without `{}`.
-        """
-        names = check_class_names(names)
-        templates = list(self.config.templates if templates is None else templates)
-        class_embeds = encode_class_prompts(self.clip, tokenizer, names, templates, batch_size)
-        if names != self.config.class_names:
-            self.config.class_counts = None  # counts of other classes would shift the wrong logits
-        self.config.id2label = dict(enumerate(names))
-        self.config.label2id = {name: index for index, name in enumerate(names)}
-        self.config.templates = templates
-        self.config.label_bank_fingerprint = names_fingerprint(names, templates)
-        self.class_embeds = class_embeds.to(self.class_embeds)
 
     @classmethod
     def from_clip(
