@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +183,7 @@ class FeatureCache:
             return False
         return True
 
-    def _reopen(self, key: str, damaged: list) -> None:
+    def _reopen(self, key: str, damaged: Iterable[str]) -> None:
         path, partial = self.folder / key, self.folder / f"{key}{_PARTIAL}"
         with FileLock(self.folder / f"{key}{_LOCK}"):
             for name in {disk.MANIFEST, *damaged}:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..data.keyed_random import mix
 from . import shards as disk
 from .cache import FeatureCache
 from .fingerprints import digest_of, encoder_fingerprint, preprocessing_fingerprint
@@ -124,17 +125,8 @@ def extract_features(
 
 
 def view_seeds(rows: np.ndarray, view: int, seed: int) -> np.ndarray:
-    """Seed of one view of each row, a pure function of (seed, view, row): (rows,) int64, not negative.
-
-    The finaliser of SplitMix64 (Steele et al., 2014), which spreads neighbouring inputs over all bits.
-    """
-    mixed = np.full(len(rows), seed, dtype=np.uint64)
-    for word in (np.uint64(view), np.asarray(rows, dtype=np.uint64)):
-        mixed = (mixed ^ word) + np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-    return (mixed >> np.uint64(1)).astype(np.int64)
+    """Seed of one view of each row, a pure function of (seed, view, row): (rows,) int64, not negative."""
+    return (mix(seed, view, rows) >> np.uint64(1)).astype(np.int64)
 
 
 class _Work:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from .table import FeatureTable
 
@@ -35,11 +34,19 @@ def adapted_logits(
         Logits of shape (n, classes), or (adapters, n, classes).
     """
     if weights.ndim == 3:
-        ratios = torch.as_tensor(ratios, dtype=features.dtype, device=features.device).reshape(-1, 1, 1)
-        logit_scales = torch.as_tensor(logit_scales, dtype=features.dtype, device=features.device).reshape(-1, 1, 1)
-    mapped = features @ weights.mT  # (..., n, dim)
-    embeds = F.normalize(torch.lerp(features.expand_as(mapped), mapped, ratios), dim=-1)  # (..., n, dim)
-    return logit_scales * (embeds @ class_embeds.T)  # (..., n, classes)
+        ratios = torch.as_tensor(ratios, dtype=weights.dtype, device=weights.device).reshape(-1, 1, 1)
+        logit_scales = torch.as_tensor(logit_scales, dtype=weights.dtype, device=weights.device).reshape(-1, 1, 1)
+    # The ratio goes into the matrix and the length into the logits: fewer passes over the (..., n, dim) features.
+    folded = fold(weights, ratios)  # (..., dim, dim)
+    adapted = features @ folded.mT  # (..., n, dim)
+    lengths = adapted.norm(dim=-1, keepdim=True).clamp_min(1e-12)  # (..., n, 1)
+    return (adapted @ class_embeds.T) * (logit_scales / lengths)  # (..., n, classes)
+
+
+def fold(weights: torch.Tensor, ratios: torch.Tensor | float) -> torch.Tensor:
+    """`ratio * W + (1 - ratio) * I`: the one matrix that an adapter amounts to, (..., dim, dim)."""
+    identity = torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
+    return torch.lerp(identity.expand_as(weights), weights, ratios)
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class GroupAccuracies:
         members = {"mean_class": seen}
         for name in ("many", "medium", "few"):
             mask = torch.zeros(len(support), dtype=torch.bool)
-            mask[torch.as_tensor(getattr(shots, name), dtype=torch.int64)] = True
+            mask[torch.tensor(getattr(shots, name) or (), dtype=torch.int64)] = True
             members[name] = mask & seen
         groups: dict[str, torch.Tensor | None] = {"overall": correct.sum(dim=1) / support.sum()}
         for name, mask in members.items():

@@ -127,7 +127,7 @@ def train_epoch(
     batches: TableBatches,
     loss: ClassificationLoss,
     arguments: PhaseBArguments,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[], object] = lambda: None,
 ) -> torch.Tensor:
     """Train every adapter of the stack for its next epoch, in place.
 

@@ -234,12 +234,14 @@ class _Best:
 
     def __init__(self) -> None:
         self.epoch = 0
+        self.score = -math.inf
         self.accuracies: dict[str, float | None] | None = None
 
     def offer(self, epoch: int, stack: AdapterStack, accuracies: dict[str, float | None] | None) -> None:
-        if accuracies is not None and epoch > 0 and accuracies["mean_class"] <= self.accuracies["mean_class"]:
+        score = -math.inf if accuracies is None else _score(accuracies)
+        if epoch > 0 and accuracies is not None and score <= self.score:
             return
-        self.epoch, self.accuracies = epoch, accuracies
+        self.epoch, self.accuracies, self.score = epoch, accuracies, score
         self.weight = stack.weights[0].clone()
 
 
@@ -250,6 +252,12 @@ def _accuracies(
         return None
     scored: GroupAccuracies = adapter_accuracies(validation, stack.weights, stack.ratios, table.class_counts)
     return scored.of(0)
+
+
+def _score(accuracies: dict[str, float | None]) -> float:
+    value = accuracies["mean_class"]
+    assert value is not None  # only an empty table has no mean
+    return value
 
 
 def _check_finite(losses: torch.Tensor, epoch: int, arguments: PhaseBArguments, steps: int) -> None:
