@@ -10,6 +10,7 @@ and an image's logits are `scale * cos(f', t_c)` over the text embeddings `t_c` 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from .configuration_ballad import BalladConfig
 from .label_bank import check_class_names
 from .label_bank_mixin import LabelBankMixin
 from .prior import Prior
+from .vision_only import remove_text_tower
 
 
 logger = logging.get_logger(__name__)
@@ -111,6 +113,8 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
     def __init__(self, config: BalladConfig):
         super().__init__(config)
         self.clip = build_dual_encoder(config.clip_config)
+        if not config.has_text_tower:
+            remove_text_tower(self.clip)
         self.adapter = LinearAdapter(config.projection_dim)
         self.register_buffer("class_embeds", torch.zeros(config.num_labels, config.projection_dim))
         self.post_init()
@@ -172,7 +176,12 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
     def get_text_features(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """Text features after projection, not normalised, in `.pooler_output`: (texts, dim)."""
+        """Text features after projection, not normalised, in `.pooler_output`: (texts, dim).
+
+        Raises:
+            ValueError: the text tower was removed.
+        """
+        self._check_text_tower()
         return self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def similarity(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
@@ -192,7 +201,7 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
     @classmethod
     def from_clip(
         cls,
-        pretrained_model_name_or_path: str,
+        pretrained_model_name_or_path: str | os.PathLike,
         class_names: Sequence[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         templates: Sequence[str] | None = None,
@@ -204,7 +213,8 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
         """Wrap a pretrained dual encoder.
 
         Args:
-            pretrained_model_name_or_path: a Hub name or a folder.
+            pretrained_model_name_or_path: a Hub name or folder of transformers (CLIP, CLIPResNet, SigLIP, ...) or
+                open_clip, or a file in OpenAI's layout; see `load_dual_encoder`.
             class_names: the classes; their embeddings are built at once. Without, call `set_class_names` later.
             tokenizer: default: the checkpoint's own.
             templates: prompts with `{}` for the name.
@@ -212,8 +222,17 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
             adapter_init: `"identity"` or `"random"`.
             logit_scale: a fixed scale, or `None` for the checkpoint's own.
             kwargs: for `from_pretrained`, such as `revision`, `token`, `dtype`.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it is no checkpoint, lacks weights, or is no dual encoder.
         """
-        clip = AutoModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        from .dual_encoders import load_dual_encoder, load_tokenizer
+
+        clip = load_dual_encoder(pretrained_model_name_or_path, **kwargs)
+        if class_names is not None and tokenizer is None:
+            hub = {name: kwargs[name] for name in ("cache_dir", "revision", "token") if name in kwargs}
+            tokenizer = load_tokenizer(pretrained_model_name_or_path, clip.config, **hub)
         return cls.from_dual_encoder(
             clip,
             class_names=class_names,
@@ -249,12 +268,38 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
         model.set_class_names(names, tokenizer)
         return model
 
+    def fold_adapter(self) -> PreTrainedModel:
+        """This model as a plain dual encoder, such as a `CLIPModel`, with the adapter in its image projection.
+
+        It computes the same `logits_per_image` without any code of Ballad; the label bank and the prior dial stay
+        behind. See `fold.py` for the formula.
+
+        Raises:
+            ValueError: the image tower has no linear projection (SigLIP), or the text tower was removed.
+        """
+        from .fold import fold_adapter
+
+        return fold_adapter(self.clip, self.adapter.linear.weight, self.config)
+
+    def remove_text_tower(self) -> int:
+        """Keep the image tower, the adapter and the class embeddings, in place; the model serves its stored classes.
+
+        Returns:
+            The bytes that went.
+
+        Raises:
+            ValueError: there are no class embeddings to serve.
+        """
+        self.stored_class_embeds()
+        self.config.has_text_tower = False
+        return remove_text_tower(self.clip)
+
 
 def build_dual_encoder(clip_config: PreTrainedConfig) -> PreTrainedModel:
     """The dual encoder of a config, without weights from a checkpoint."""
     if clip_config.model_type == "clip_resnet":
         from .modeling_clip_resnet import CLIPResNetModel
 
-        return CLIPResNetModel._from_config(clip_config)
+        return CLIPResNetModel._from_config(clip_config, dtype=torch.get_default_dtype())
     # The default dtype is what the caller builds in; the config's own may be left from another checkpoint.
     return AutoModel.from_config(clip_config, dtype=torch.get_default_dtype())

@@ -1,0 +1,297 @@
+"""Dual encoders from wherever they are kept: transformers, open_clip, files of OpenAI; with what feeds them."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    CLIPTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import cached_file, logging
+
+from .checkpoint_files import read_checkpoint
+from .open_clip_layout import (
+    CONFIG_FILE,
+    WEIGHT_FILES,
+    config_from_open_clip,
+    image_processor_values,
+    to_openai_names,
+)
+from .openai_layout import infer_config, model_from_state, strip_data_parallel
+
+
+logger = logging.get_logger(__name__)
+
+# Every CLIP of OpenAI and most of open_clip share one tokenizer, which their weight files don't hold.
+OPENAI_TOKENIZER = "openai/clip-vit-base-patch32"
+OPENAI_VOCAB_SIZE = 49408
+# What `from_pretrained` takes to find a file; the rest of its arguments are about the model.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    """A pretrained model with an image tower and a text tower.
+
+    Args:
+        name_or_path: one of
+            - a Hub name or folder of transformers (CLIP, CLIPResNet, SigLIP, ...);
+            - a Hub name or folder of open_clip (`open_clip_config.json` and its weights);
+            - a file in OpenAI's layout (TorchScript archive, or a state dict as `.pt` or `.safetensors`).
+        kwargs: for `from_pretrained`. For the latter two, those that find files (`revision`, `token`, `cache_dir`,
+            ...) and `dtype`, by default float32; for a file also `text_attention_heads`, which its shapes don't tell.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        FileNotFoundError: no such file, or a folder without any of these.
+        ValueError: a file that is no checkpoint, weights that are missing, a model without image and text features.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return load_openai_clip(path, **kwargs)
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    if _is_transformers(name_or_path, hub):
+        return _load_transformers(name_or_path, **kwargs)
+    open_clip_config = _find(name_or_path, CONFIG_FILE, hub)
+    if open_clip_config is None:
+        raise FileNotFoundError(
+            f"{str(name_or_path)!r} has neither a config.json of transformers nor an {CONFIG_FILE}, and is no file: "
+            "give a CLIP checkpoint's Hub name, its folder, or an OpenAI .pt file."
+        )
+    return _load_open_clip(name_or_path, open_clip_config, hub, kwargs)
+
+
+def load_openai_clip(
+    checkpoint: str | os.PathLike,
+    text_attention_heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """A CLIP model from a file in OpenAI's layout; the architecture follows from the shapes.
+
+    Args:
+        checkpoint: a TorchScript archive as OpenAI published it, or a state dict.
+        text_attention_heads: default: heads of width 64, as in every released model.
+        dtype: of the weights.
+    """
+    content = read_checkpoint(checkpoint)
+    if "visual_model" in content or "state_dict_best" in content:
+        raise ValueError(
+            f"{checkpoint} is a checkpoint of the official BALLAD code: convert it with convert_official_ballad, "
+            "then load the folder with from_pretrained."
+        )
+    state = content.get("state_dict", content)  # open_clip's training wraps the weights
+    state = strip_data_parallel({name: value for name, value in state.items() if isinstance(value, torch.Tensor)})
+    model = model_from_state(state, infer_config(state, text_attention_heads), str(checkpoint), dtype)
+    model.config.name_or_path = str(checkpoint)
+    return model
+
+
+def load_tokenizer(
+    source: str | os.PathLike | PreTrainedTokenizerBase, clip_config: PreTrainedConfig, **hub
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a text tower.
+
+    Args:
+        source: a tokenizer; a Hub name or folder; OpenAI's `bpe_simple_vocab_16e6.txt.gz`, for work without the Hub;
+            or a weight file, for which OpenAI's tokenizer is fetched from the Hub.
+        clip_config: of the dual encoder, whose vocabulary the tokenizer must fit.
+        hub: what finds files, such as `revision` and `token`.
+
+    Raises:
+        ValueError: the weights don't use OpenAI's vocabulary, or the tokenizer has ids that the text tower lacks.
+        OSError: the tokenizer is not there.
+    """
+    vocab_size = clip_config.text_config.vocab_size
+    if isinstance(source, PreTrainedTokenizerBase):
+        return _fitting(source, vocab_size)
+    path = Path(source)
+    if path.is_file() and path.name.endswith((".txt", ".txt.gz")):
+        return _fitting(_tokenizer_from_merges(path, vocab_size), vocab_size)
+    if path.is_file() or _lacks_tokenizer(source, hub):
+        if vocab_size != OPENAI_VOCAB_SIZE:
+            raise ValueError(
+                f"{source} holds no tokenizer, and its vocabulary of {vocab_size} tokens is not OpenAI's "
+                f"({OPENAI_VOCAB_SIZE}): pass tokenizer=, the model's own."
+            )
+        source, hub = OPENAI_TOKENIZER, {}
+    try:
+        return _fitting(AutoTokenizer.from_pretrained(source, **hub), vocab_size)
+    except OSError as error:
+        raise OSError(
+            f"The tokenizer {str(source)!r} can't be loaded: pass tokenizer= with a tokenizer, a folder, or OpenAI's "
+            f"bpe_simple_vocab_16e6.txt.gz. ({error})"
+        ) from error
+
+
+def load_image_processor(name_or_path: str | os.PathLike, clip_config: PreTrainedConfig, **hub) -> BaseImageProcessor:
+    """The picture preparation that a dual encoder was trained with.
+
+    Args:
+        name_or_path: as for [`load_dual_encoder`]. A file in OpenAI's layout gets OpenAI's own preparation.
+        clip_config: of the dual encoder.
+        hub: what finds files, such as `revision` and `token`.
+    """
+    size = clip_config.vision_config.image_size
+    if Path(name_or_path).is_file():
+        return clip_image_processor(size)
+    open_clip_config = None if _is_transformers(name_or_path, hub) else _find(name_or_path, CONFIG_FILE, hub)
+    if open_clip_config is None:
+        return AutoImageProcessor.from_pretrained(name_or_path, **hub)
+    preprocess_cfg = _read_json(open_clip_config).get("preprocess_cfg") or {}
+    return clip_image_processor(size, **image_processor_values(preprocess_cfg))
+
+
+def clip_image_processor(
+    image_size: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    resample: str = "bicubic",
+    squash: bool = False,
+) -> CLIPImageProcessorPil:
+    """CLIP's picture preparation for square inputs, such as those of a [`CLIPResNetConfig`] preset.
+
+    Args:
+        image_size: side in pixels.
+        mean: colour means; default: OpenAI's.
+        std: colour deviations; default: OpenAI's.
+        resample: `"bicubic"` or `"bilinear"`.
+        squash: distort to a square, instead of scaling the short side and cutting out the centre.
+
+    Example:
+
+    >>> from ballad_hf import CLIPResNetConfig
+    >>> from ballad_hf.models.dual_encoders import clip_image_processor
+    >>> processor = clip_image_processor(CLIPResNetConfig.from_preset("RN50x4").vision_config.image_size)
+    >>> processor.crop_size["height"]
+    288
+    """
+    filters = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
+    square = {"height": image_size, "width": image_size}
+    values: dict[str, Any] = {"size": square if squash else {"shortest_edge": image_size}, "crop_size": square}
+    if mean is not None:
+        values["image_mean"] = list(mean)
+    if std is not None:
+        values["image_std"] = list(std)
+    return CLIPImageProcessorPil(**values, resample=filters[resample], do_center_crop=not squash)
+
+
+def check_interface(clip: PreTrainedModel) -> None:
+    """Refuse a model that is no dual encoder with a learnt scale.
+
+    Raises:
+        ValueError: with what is missing.
+    """
+    needed = ("get_image_features", "get_text_features", "logit_scale")
+    missing = [name for name in needed if not hasattr(clip, name)]
+    if missing:
+        raise ValueError(
+            f"A {type(clip).__name__} has no {', '.join(missing)}: Ballad needs a dual encoder with image features, "
+            "text features and a learnt scale, such as CLIP, SigLIP, SigLIP 2, MetaCLIP 2, AltCLIP or Chinese-CLIP."
+        )
+
+
+def _load_transformers(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    try:
+        clip, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {name_or_path} are no safetensors file, or truncated: {error}") from error
+    if clip.config.model_type == "ballad":
+        raise ValueError(
+            f"{name_or_path} is a Ballad already: load it with BalladForImageClassification.from_pretrained."
+        )
+    check_interface(clip)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{name_or_path} lacks weights of a {type(clip).__name__}, which would start at random: "
+            f"{', '.join(sorted(info['missing_keys']))}."
+        )
+    return clip
+
+
+def _load_open_clip(name_or_path, config_file: str, hub: dict, kwargs: dict) -> PreTrainedModel:
+    unknown = sorted(kwargs.keys() - set(_HUB_ARGUMENTS) - {"dtype"})
+    if unknown:
+        raise ValueError(f"Loading an open_clip model does not take {', '.join(unknown)}.")
+    found = (_find(name_or_path, name, hub) for name in WEIGHT_FILES)
+    weights = next((file for file in found if file is not None), None)
+    if weights is None:
+        raise FileNotFoundError(f"{name_or_path} has an {CONFIG_FILE}, but none of {', '.join(WEIGHT_FILES)}.")
+    config = config_from_open_clip(_read_json(config_file).get("model_cfg") or {})
+    state = to_openai_names(read_checkpoint(weights))
+    model = model_from_state(state, config, str(name_or_path), kwargs.get("dtype", torch.float32))
+    model.config.name_or_path = str(name_or_path)
+    return model
+
+
+def _is_transformers(name_or_path: str | os.PathLike, hub: dict) -> bool:
+    # timm's repositories have a config.json of their own beside open_clip's.
+    config = _find(name_or_path, "config.json", hub)
+    return config is not None and "model_type" in _read_json(config)
+
+
+def _find(name_or_path: str | os.PathLike, filename: str, hub: dict) -> str | None:
+    """Path of a file in a folder or Hub repository, or `None` where there is none."""
+    if Path(name_or_path).is_dir():
+        file = Path(name_or_path, hub.get("subfolder") or "", filename)
+        return str(file) if file.is_file() else None
+    return cached_file(name_or_path, filename, _raise_exceptions_for_missing_entries=False, **hub)
+
+
+def _read_json(path: str) -> dict:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object.")
+    return content
+
+
+def _lacks_tokenizer(name_or_path: str | os.PathLike, hub: dict) -> bool:
+    """Whether this is an open_clip repository without tokenizer files, as some hold the weights alone."""
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+    return not _is_transformers(name_or_path, hub) and not any(_find(name_or_path, name, hub) for name in files)
+
+
+def _fitting(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> PreTrainedTokenizerBase:
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the text tower only {vocab_size}: it is another model's."
+        )
+    return tokenizer
+
+
+def _tokenizer_from_merges(path: Path, vocab_size: int) -> CLIPTokenizer:
+    """OpenAI's tokenizer from its list of merges: 256 bytes, those at a word's end, the merges, and two marks."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        # The first line is a comment; the published list goes on far beyond what the models use.
+        rows = [line.split() for line in itertools.islice(lines, 1, vocab_size - 2 * 256 - 2 + 1)]
+    merges = [(row[0], row[1]) for row in rows if len(row) == 2]
+    letters = list(bytes_to_unicode().values())
+    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    if len(tokens) != vocab_size:
+        raise ValueError(f"{path} gives {len(tokens)} tokens, but the text tower has {vocab_size}: not its merges.")
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=77
+    )
