@@ -41,12 +41,12 @@ def test_a_batch_is_as_long_as_its_longest_prompt(encoder, prompts):
     assert prompts.batch([])["input_ids"].shape == (0, 0)
 
 
-def test_groups_by_length_cover_the_classes_once_and_pad_less(prompts):
-    groups = list(prompts.by_length([3, 0, 1, 2], size=2))
-    assert torch.cat(groups).sort().values.tolist() == [0, 1, 2, 3]
-    lengths = [prompts.batch(group)["input_ids"].shape[1] for group in groups]
+def test_by_length_keeps_the_classes_and_puts_short_prompts_first(prompts):
+    order = prompts.by_length([3, 0, 1, 2])
+    assert set(order[:2].tolist()) == {0, 2}  # "cat" and "owl", before the two long names
+    lengths = [prompts.batch([index])["input_ids"].shape[1] for index in order]
+    assert len(order) == 4
     assert lengths == sorted(lengths)
-    assert set(groups[0].tolist()) == {0, 2}  # "cat" and "owl", before the two long names
 
 
 def test_a_tower_trained_on_one_length_keeps_it(encoder):

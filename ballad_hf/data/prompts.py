@@ -6,7 +6,7 @@ ten times the work for the same features. Class prompts never change, so they ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -87,8 +87,7 @@ class ClassPrompts:
             tokens["attention_mask"] = self._mask[classes, :, :longest].flatten(0, 1).long()
         return tokens
 
-    def by_length(self, classes: Sequence[int] | torch.Tensor, size: int) -> Iterator[torch.Tensor]:
-        """Class indices in groups of `size` classes with prompts of like length, so that little is padding."""
+    def by_length(self, classes: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """The class indices, short prompts first, so that a part of them taken in a row needs little padding."""
         classes = torch.as_tensor(classes, dtype=torch.long, device="cpu")
-        order = self._lengths[classes].amax(dim=1).argsort(stable=True)
-        yield from classes[order].split(size)
+        return classes[self._lengths[classes].amax(dim=1).argsort(stable=True)]

@@ -1,0 +1,150 @@
+"""The dual encoder as phase A trains it: one module whose one forward pass runs both towers.
+
+DDP and FSDP count on one forward for one backward; so pictures and prompts go in together.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..data.prompts import ClassPrompts
+
+
+class TowerFeatures(NamedTuple):
+    """Features before normalisation, float32 after autocast; `None` for a tower that was given nothing."""
+
+    image: torch.Tensor | None  # (batch, dim)
+    text: torch.Tensor | None  # (prompts, dim)
+    logit_scale: torch.Tensor  # ()
+
+
+class TrainableTowers(nn.Module):
+    """Both towers of a dual encoder and its logit scale.
+
+    Args:
+        clip: the dual encoder; not copied.
+        fixed_logit_scale: the multiplier of the cosines, or `None` for the dual encoder's own.
+    """
+
+    def __init__(self, clip: PreTrainedModel, fixed_logit_scale: float | None = None):
+        super().__init__()
+        self.clip = clip
+        self.fixed_logit_scale = fixed_logit_scale
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pooled_text: torch.Tensor | None = None,
+    ) -> TowerFeatures:
+        """Run what is given.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            input_ids: (prompts, length).
+            attention_mask: (prompts, length).
+            pooled_text: (prompts, hidden) output of a frozen text tower, which only the projection is left to run on.
+        """
+        image = text = None
+        if pixel_values is not None:
+            image = self.clip.get_image_features(pixel_values=pixel_values).pooler_output
+        if input_ids is not None:
+            text = self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        elif pooled_text is not None:
+            text = self.clip.text_projection(pooled_text)
+        return TowerFeatures(image, text, self._logit_scale())
+
+    def _logit_scale(self) -> torch.Tensor:
+        if self.fixed_logit_scale is not None:
+            return torch.tensor(float(self.fixed_logit_scale), device=self.clip.device)
+        return self.clip.logit_scale.float().exp()
+
+
+def class_embeddings(text_features: torch.Tensor, templates: int) -> torch.Tensor:
+    """Normalised mean of the normalised features of each class's prompts.
+
+    Args:
+        text_features: (classes * templates, dim), a class's templates side by side.
+        templates: prompts of each class.
+
+    Returns:
+        (classes, dim) float32.
+    """
+    embeds = F.normalize(text_features.float(), dim=-1)
+    if templates == 1:
+        return embeds
+    return F.normalize(embeds.view(-1, templates, embeds.shape[-1]).mean(dim=1), dim=-1)
+
+
+class TextShare(NamedTuple):
+    """This process's share of some classes' prompts, and how the shares of all go together again."""
+
+    pieces: list[dict[str, torch.Tensor]]  # arguments of the towers' forward, a piece at a time
+    rows: list[int]  # classes of each piece
+    pick: torch.Tensor  # (classes,) row of the gathered shares for each class, in the order asked for
+
+
+class ClassTexts:
+    """Hands out the prompts of classes, shared evenly over processes, in pieces that fit a device.
+
+    Args:
+        prompts: the tokenised prompts.
+        process_index: of this process.
+        num_processes: of all.
+        piece: classes in one forward pass at most; `None` for all at once.
+        device: where the tokens go.
+    """
+
+    def __init__(
+        self, prompts: ClassPrompts, process_index: int, num_processes: int, piece: int | None, device: torch.device
+    ):
+        self.prompts = prompts
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.piece = piece
+        self.device = device
+        self._pooled: torch.Tensor | None = None
+        self._all: TextShare | None = None
+
+    def share(self, classes: torch.Tensor) -> TextShare:
+        """The share for `classes`, (n,) distinct indices on the CPU."""
+        every_class = len(classes) == len(self.prompts)
+        if every_class and self._all is not None:
+            return self._all
+        order = self.prompts.by_length(classes)
+        missing = -len(order) % self.num_processes
+        # Shares must be of one length to be gathered; a repeated class is never picked, so it has no gradient.
+        padded = torch.cat([order, order[:1].expand(missing)])
+        shares = padded.view(-1, self.num_processes).T  # (processes, share): all of like lengths of prompts
+        row_of_class = torch.empty(len(self.prompts), dtype=torch.long)
+        row_of_class[shares.flatten()] = torch.arange(len(padded))
+        mine = shares[self.process_index]
+        pieces = mine.split(self.piece or len(mine))
+        share = TextShare(
+            [self._arguments(piece) for piece in pieces],
+            [len(piece) for piece in pieces],
+            row_of_class[classes].to(self.device),
+        )
+        if every_class:
+            self._all = share
+        return share
+
+    @torch.no_grad()
+    def keep_pooled(self, clip: PreTrainedModel) -> None:
+        """Run the text tower over all prompts once and keep what its projection takes; for a frozen tower."""
+        pooled = []
+        for classes in torch.arange(len(self.prompts)).split(self.piece or 256):
+            tokens = {name: value.to(self.device) for name, value in self.prompts.batch(classes).items()}
+            pooled.append(clip.text_model(**tokens).pooler_output)
+        self._pooled = torch.cat(pooled).view(len(self.prompts), self.prompts.templates, -1)
+
+    def _arguments(self, classes: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self._pooled is not None:
+            return {"pooled_text": self._pooled[classes.to(self.device)].flatten(0, 1)}
+        return {name: value.to(self.device) for name, value in self.prompts.batch(classes).items()}
