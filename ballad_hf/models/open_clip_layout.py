@@ -24,13 +24,13 @@ _TEXT_OPTIONS = {"context_length", "vocab_size", "width", "heads", "layers", "ml
 _TOKENIZER_OPTIONS = {"hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "hf_model_pretrained"}
 _MODEL_OPTIONS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"}
 # Options that may be spelt out, with the value that CLIP has; anything else means another network.
-_NEUTRAL = {
-    "pool_type": {"tok", "argmax"},
-    "pos_embed_type": {"learnable"},
-    "proj_type": {"linear"},
-    "block_type": {"default"},
-    "eos_id": {2},
-    "pad_id": {0},
+_NEUTRAL: dict[str, tuple] = {
+    "pool_type": ("tok", "argmax"),
+    "pos_embed_type": ("learnable",),
+    "proj_type": ("linear",),
+    "block_type": ("default",),
+    "eos_id": (2,),
+    "pad_id": (0,),
 }
 
 
@@ -51,10 +51,11 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> CLIPConfig | CLIPResN
     >>> config_from_open_clip({"embed_dim": 1024, "vision_cfg": vision, "text_cfg": text}).model_type
     'clip_resnet'
     """
-    try:
-        vision, text, projection_dim = model_cfg["vision_cfg"], model_cfg["text_cfg"], model_cfg["embed_dim"]
-    except KeyError as error:
-        raise ValueError(f"The model_cfg of {CONFIG_FILE} has no {error}.") from error
+    vision, text, projection_dim = (model_cfg.get(name) for name in ("vision_cfg", "text_cfg", "embed_dim"))
+    if not (isinstance(vision, dict) and isinstance(text, dict) and isinstance(projection_dim, int)):
+        raise ValueError(
+            f"The model_cfg of {CONFIG_FILE} must have vision_cfg, text_cfg and embed_dim: {model_cfg!r}."
+        )
     # Layer norms may state their epsilon; nothing else about them is an option of transformers' CLIP.
     norms = {tower: dict(options.get("norm_kwargs") or {}) for tower, options in (("vision", vision), ("text", text))}
     epsilons = {tower: options.pop("eps", 1e-5) for tower, options in norms.items()}

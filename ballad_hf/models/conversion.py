@@ -1,0 +1,325 @@
+"""Checkpoints of others -> folders of transformers, and trained Ballads -> what every tool understands.
+
+As functions, and as a command: `ballad-convert`, or `python -m ballad_hf.models.conversion`. Every folder is written
+beside its place and moved there when it is whole, so that a failure leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .checkpoint_files import read_checkpoint
+from .dual_encoders import (
+    clip_image_processor,
+    load_dual_encoder,
+    load_image_processor,
+    load_openai_clip,
+    load_tokenizer,
+)
+from .modeling_ballad import BalladForImageClassification
+from .openai_layout import infer_config, model_from_state, strip_data_parallel
+
+
+logger = logging.get_logger(__name__)
+
+# A tokenizer, where to find one, `None` for the checkpoint's own (OpenAI's from the Hub), or `False` for none.
+TokenizerSource: TypeAlias = PreTrainedTokenizerBase | str | os.PathLike | Literal[False] | None
+
+OFFICIAL_RATIO = 0.2
+OFFICIAL_SCALE = 100.0
+
+
+def convert_openai_clip(
+    checkpoint: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    tokenizer: TokenizerSource = None,
+    text_attention_heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Convert a CLIP model in OpenAI's layout into a folder of transformers.
+
+    Args:
+        checkpoint: a TorchScript archive as OpenAI published it, or a state dict (`torch.save` or safetensors). ViT
+            or modified ResNet; the architecture follows from the shapes.
+        output_dir: the folder to make; it must not exist, or be empty.
+        tokenizer: what [`load_tokenizer`] takes; `None` fetches OpenAI's from the Hub, `False` writes none.
+        text_attention_heads: the one thing that shapes don't tell; default: heads of width 64.
+        dtype: of the written weights.
+
+    Returns:
+        The folder, with the model, the image processor and the tokenizer.
+
+    Raises:
+        FileNotFoundError, FileExistsError: no checkpoint; a folder with something in it.
+        ValueError: no checkpoint, a truncated one, or not CLIP's weights, with all names that are missing, unexpected
+            or of another shape.
+
+    Example:
+
+    >>> from ballad_hf import convert_openai_clip
+    >>> convert_openai_clip("RN50.pt", "clip-rn50")  # doctest: +SKIP
+    PosixPath('clip-rn50')
+    """
+    with whole_folder(output_dir) as folder:
+        clip = load_openai_clip(checkpoint, text_attention_heads, dtype)
+        tokenizer = _tokenizer_for(clip, tokenizer, checkpoint)
+        _save(folder, clip, tokenizer, clip_image_processor(clip.config.vision_config.image_size))
+    return Path(output_dir)
+
+
+def convert_open_clip(
+    name_or_path: str | os.PathLike, output_dir: str | os.PathLike, tokenizer: TokenizerSource = None, **kwargs
+) -> Path:
+    """Convert an open_clip Hub repository or folder into a folder of transformers.
+
+    Args:
+        name_or_path: with `open_clip_config.json` and its weights.
+        output_dir: the folder to make; it must not exist, or be empty.
+        tokenizer: default: the repository's own, or OpenAI's where it has none; `False` writes none.
+        kwargs: `dtype`, and what finds files on the Hub, such as `revision` and `token`.
+
+    Raises:
+        FileNotFoundError, FileExistsError: no such model; a folder with something in it.
+        ValueError: a tower or an option that transformers' CLIP does not have; weights that don't fit.
+    """
+    hub = {name: value for name, value in kwargs.items() if name != "dtype"}
+    with whole_folder(output_dir) as folder:
+        clip = load_dual_encoder(name_or_path, **kwargs)
+        image_processor = load_image_processor(name_or_path, clip.config, **hub)
+        _save(folder, clip, _tokenizer_for(clip, tokenizer, name_or_path, hub), image_processor)
+    return Path(output_dir)
+
+
+def convert_official_ballad(
+    checkpoint: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    class_names: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    tokenizer: TokenizerSource = None,
+    text_attention_heads: int | None = None,
+    adapter_ratio: float = OFFICIAL_RATIO,
+    logit_scale: float = OFFICIAL_SCALE,
+) -> Path:
+    """Convert a checkpoint of the official BALLAD code (github.com/gaopengcuhk/BALLAD) into a folder of ours.
+
+    Args:
+        checkpoint: of phase A, without an adapter, which then starts at the identity; or of phase B, with one.
+        output_dir: the folder to make; it must not exist, or be empty.
+        class_names: the classes in label order, which the checkpoint does not hold; without, call `set_class_names`.
+        templates: prompts with `{}`; default: the official one, `a photo of a {}.`
+        tokenizer: see [`convert_openai_clip`].
+        text_attention_heads: see [`convert_openai_clip`].
+        adapter_ratio: lambda; the official code has 0.2.
+        logit_scale: the official code fixes 100 and keeps no learnt one.
+
+    Returns:
+        The folder of a [`BalladForImageClassification`], with the image processor and the tokenizer.
+
+    Raises:
+        FileNotFoundError, FileExistsError: no checkpoint; a folder with something in it.
+        ValueError: no such checkpoint, an adapter that does not fit the tower, class names without a tokenizer.
+    """
+    if class_names is not None and tokenizer is False:
+        raise ValueError("class_names need a tokenizer to make class embeddings: leave out one or both.")
+    with whole_folder(output_dir) as folder:
+        towers, adapter = _official_parts(read_checkpoint(checkpoint), checkpoint, logit_scale)
+        clip = model_from_state(towers, infer_config(towers, text_attention_heads), str(checkpoint))
+        width = clip.config.projection_dim
+        if adapter is not None and tuple(adapter.shape) != (width, width):
+            raise ValueError(
+                f"The adapter in {checkpoint} is {tuple(adapter.shape)}, but the towers' features are {width} wide: "
+                f"it must be ({width}, {width}). It belongs to other towers."
+            )
+        tokenizer = _tokenizer_for(clip, tokenizer, checkpoint)
+        model = BalladForImageClassification.from_dual_encoder(
+            clip, class_names, tokenizer, templates=templates, adapter_ratio=adapter_ratio, logit_scale=logit_scale
+        )
+        if adapter is not None:
+            with torch.no_grad():
+                model.adapter.linear.weight.copy_(adapter)
+        _save(folder, model, tokenizer, clip_image_processor(clip.config.vision_config.image_size))
+    return Path(output_dir)
+
+
+def convert_to_clip(ballad: str | os.PathLike, output_dir: str | os.PathLike, **kwargs) -> Path:
+    """Fold a saved Ballad into the folder of a plain dual encoder, see `BalladForImageClassification.fold_adapter`.
+
+    A modified ResNet is no class of transformers: its folder gets the few files of code that it needs, and loads
+    with `trust_remote_code=True` where Ballad is not installed. All others load everywhere.
+
+    Args:
+        ballad: folder or Hub name of a Ballad.
+        output_dir: the folder to make; it must not exist, or be empty.
+        kwargs: for `from_pretrained`.
+    """
+    with whole_folder(output_dir) as folder:
+        folded = BalladForImageClassification.from_pretrained(ballad, **kwargs).fold_adapter()
+        if folded.config.model_type == "clip_resnet":
+            _carry_code(folded)
+        _save(folder, folded, *_what_feeds(ballad))
+    return Path(output_dir)
+
+
+def convert_to_vision_only(ballad: str | os.PathLike, output_dir: str | os.PathLike, **kwargs) -> Path:
+    """Save a Ballad without its text tower; it serves its stored classes. The sizes are logged.
+
+    Args:
+        ballad: folder or Hub name of a Ballad with class embeddings.
+        output_dir: the folder to make; it must not exist, or be empty.
+        kwargs: for `from_pretrained`.
+    """
+    with whole_folder(output_dir) as folder:
+        model = BalladForImageClassification.from_pretrained(ballad, **kwargs)
+        before = sum(tensor.nbytes for tensor in model.state_dict().values())
+        removed = model.remove_text_tower()
+        tokenizer, image_processor = _what_feeds(ballad)
+        _save(folder, model, None, image_processor)
+        logger.info(
+            f"The weights take {(before - removed) / 1e6:.1f} MB without the text tower, {before / 1e6:.1f} MB with."
+        )
+    return Path(output_dir)
+
+
+@contextlib.contextmanager
+def whole_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder beside `output_dir`, which takes its name when the block ends without an error.
+
+    Raises:
+        FileExistsError: there is something in `output_dir` already.
+    """
+    output = Path(output_dir)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise FileExistsError(f"{output} exists already: give a new folder, or empty this one first.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.parent / f".{output.name}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        if output.exists():
+            output.rmdir()  # empty: seen above
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _official_parts(
+    content: Mapping[str, Any], checkpoint: str | os.PathLike, logit_scale: float
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """Both towers in OpenAI's layout, and the adapter where there is one."""
+    networks = content.get("state_dict_best", content)
+    named: dict[str, Any] = networks if isinstance(networks, dict) else {}
+    parts = {name: named[name] for name in ("visual_model", "text_model") if isinstance(named.get(name), dict)}
+    absent = [name for name in ("visual_model", "text_model") if name not in parts]
+    if absent:
+        raise ValueError(
+            f"{checkpoint} is no checkpoint of the official BALLAD code: it has no {' and no '.join(absent)}. "
+            "Convert a plain CLIP model with convert_openai_clip."
+        )
+    towers = {f"visual.{name}": value for name, value in strip_data_parallel(parts["visual_model"]).items()}
+    towers |= strip_data_parallel(parts["text_model"])
+    towers.setdefault("logit_scale", torch.tensor(math.log(logit_scale)))
+    adapter = strip_data_parallel(named.get("classifier") or {})
+    foreign = sorted(adapter.keys() - {"weight"})
+    if foreign:
+        raise ValueError(f"The classifier in {checkpoint} is no linear adapter without bias: {', '.join(foreign)}.")
+    return towers, adapter.get("weight")
+
+
+def _tokenizer_for(
+    clip: PreTrainedModel, tokenizer: TokenizerSource, checkpoint: str | os.PathLike, hub: dict | None = None
+) -> PreTrainedTokenizerBase | None:
+    if tokenizer is False:
+        return None
+    return load_tokenizer(checkpoint if tokenizer is None else tokenizer, clip.config, **(hub or {}))
+
+
+def _what_feeds(ballad: str | os.PathLike) -> list[Any]:
+    """The tokenizer and the image processor of a saved model, as far as they are there."""
+    found = []
+    for loader in (AutoTokenizer, AutoImageProcessor):
+        try:
+            found.append(loader.from_pretrained(ballad))
+        except (OSError, ValueError) as error:
+            logger.warning(f"{ballad} has no {loader.__name__.removeprefix('Auto').lower()} to take along: {error}")
+            found.append(None)
+    return found
+
+
+def _carry_code(model: PreTrainedModel) -> None:
+    """Have the next save write the model's code beside its weights."""
+    # On the instances: on the classes it would change every later save of the process.
+    model._auto_class = "AutoModelForZeroShotImageClassification"
+    model.config._auto_class = "AutoConfig"
+
+
+def _save(folder: Path, *parts: Any) -> None:
+    for part in parts:
+        if part is not None:
+            part.save_pretrained(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `ballad-convert`; returns its exit status."""
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
+    convert = options.pop("convert")
+    if "class_names" in options and options["class_names"] is not None:
+        options["class_names"] = Path(options["class_names"]).read_text(encoding="utf-8").splitlines()
+    if options.pop("no_tokenizer", False):
+        options["tokenizer"] = False
+    logging.set_verbosity_info()
+    logging.disable_progress_bar()
+    try:
+        folder = convert(**{name: value for name, value in options.items() if value is not None})
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"ballad-convert: error: {error}\n")
+        return 1
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    sys.stdout.write(f"{folder}: {size / 1e6:.1f} MB\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ballad-convert", description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, convert, source: str, help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
+        added.add_argument(source, help="file, folder or Hub name")
+        added.add_argument("output_dir", help="folder to make")
+        added.set_defaults(convert=convert)
+        return added
+
+    openai = command("openai", convert_openai_clip, "checkpoint", "an OpenAI .pt or state dict -> transformers")
+    open_clip = command("open-clip", convert_open_clip, "name_or_path", "an open_clip repository -> transformers")
+    official = command("ballad", convert_official_ballad, "checkpoint", "an official BALLAD checkpoint -> a Ballad")
+    command("fold", convert_to_clip, "ballad", "a Ballad -> a plain CLIP model with the adapter folded in")
+    command("vision-only", convert_to_vision_only, "ballad", "a Ballad -> the same without its text tower")
+    for added in (openai, open_clip, official):
+        added.add_argument("--tokenizer", help="folder, Hub name or bpe_simple_vocab_16e6.txt.gz; default: OpenAI's")
+        added.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
+    for added in (openai, official):
+        added.add_argument("--text-attention-heads", type=int, help="default: heads of width 64")
+    open_clip.add_argument("--revision", help="of the Hub repository")
+    official.add_argument("--class-names", metavar="FILE", help="one class name a line, in label order")
+    official.add_argument("--templates", nargs="+", metavar="TEMPLATE", help="prompts with {} for the class name")
+    official.add_argument("--adapter-ratio", type=float, help=f"default: {OFFICIAL_RATIO}")
+    official.add_argument("--logit-scale", type=float, help=f"default: {OFFICIAL_SCALE:g}")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
