@@ -1,0 +1,381 @@
+"""Which picture comes next: class-aware sampling and its relatives.
+
+Each sampler's order is a pure function of (labels, seed, epoch, position). Every process computes the same global
+order and takes its own batches from it; nothing is kept between rows, so an interrupted epoch goes on exactly where it
+stopped, and 10 million labels cost little more memory than one array of row numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+from transformers.utils import logging
+
+from .class_index import ClassIndex, checked_labels
+from .keyed_random import mix, permute, uniform
+
+
+logger = logging.get_logger(__name__)
+
+# Rows are worked out this many at a time: enough for numpy to be quick, few enough to stay in the processor's cache.
+_BLOCK = 1 << 16
+
+# Names for the separate uses of a seed, so that no two draws share a key.
+_CLASS_ORDER, _WITHIN_CLASS, _ROW_ORDER, _OFFSET, _AUGMENTATION = range(5)
+
+
+class Draw(NamedTuple):
+    """One picture as a training loader asks for it.
+
+    Args:
+        index: the row.
+        seed: of the picture's augmentation.
+        epoch: for transforms that change as training goes on.
+    """
+
+    index: int
+    seed: int
+    epoch: int = 0
+
+
+class EpochSampler(Sampler[int]):
+    """What the samplers share: length, epoch, and rows at any positions of the order.
+
+    Args:
+        length: rows an epoch.
+        multiple_of: the length is rounded down to a multiple of this. With the global batch (batch size times
+            processes), every process has the same number of full batches and no row is repeated to fill one.
+        seed: of every choice.
+    """
+
+    def __init__(self, length: int, multiple_of: int = 1, seed: int = 0):
+        if multiple_of < 1:
+            raise ValueError(f"multiple_of is {multiple_of}: give the global batch size, 1 or more.")
+        if length < 1:
+            raise ValueError(f"length is {length}: an epoch needs at least one row.")
+        if length < multiple_of:
+            raise ValueError(
+                f"An epoch of {length} rows is shorter than one global batch of {multiple_of}: lower the batch size, "
+                f"or set the length to {multiple_of} or more."
+            )
+        self.seed = int(seed)
+        self.epoch = 0
+        self._length = length - length % multiple_of
+
+    def __len__(self) -> int:
+        return self._length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives the order of."""
+        if epoch < 0:
+            raise ValueError(f"epoch is {epoch}: epochs count from 0.")
+        self.epoch = int(epoch)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows at positions `start` to `stop` of the epoch, those before left out: (stop - start,) int64."""
+        stop = len(self) if stop is None else stop
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(f"Positions {start} to {stop} are outside the epoch, which has {len(self)}.")
+        rows = np.empty(stop - start, dtype=np.int64)
+        for begin in range(start, stop, _BLOCK):
+            end = min(begin + _BLOCK, stop)
+            rows[begin - start : end - start] = self._rows_at(np.arange(begin, end))
+        return rows
+
+    def __iter__(self) -> Iterator[int]:
+        for begin in range(0, len(self), _BLOCK):
+            yield from self.rows(begin, min(begin + _BLOCK, len(self))).tolist()
+
+    def _rows_at(self, positions: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+
+class InstanceSampler(EpochSampler):
+    """Every row once an epoch, shuffled: the natural, long-tailed distribution.
+
+    Args:
+        labels: (n,) integer labels; only their number matters, but bad ones are refused here as elsewhere.
+        multiple_of: the length is rounded down to a multiple of this; which rows are left out changes every epoch.
+        seed: of the order.
+
+    Example:
+
+    >>> from ballad_hf.data.samplers import InstanceSampler
+    >>> sorted(InstanceSampler([0, 0, 0, 1])) == [0, 1, 2, 3]
+    True
+    """
+
+    def __init__(self, labels: Sequence[int] | np.ndarray, *, multiple_of: int = 1, seed: int = 0):
+        self._size = len(checked_labels(labels))
+        super().__init__(self._size, multiple_of, seed)
+
+    def _rows_at(self, positions: np.ndarray) -> np.ndarray:
+        return permute(positions, self._size, mix(self.seed, _ROW_ORDER, self.epoch))
+
+
+class ClassAwareSampler(EpochSampler):
+    """Every class equally often: a class is drawn, then `samples_per_class` of its pictures (Shen et al., 2016).
+
+    All classes are drawn once a cycle, in an order that is new in each cycle. The pictures of a class come in a random
+    order without repetition until all were used, then in a new order; this goes on across epochs, so that a head class
+    with more pictures than an epoch has room for shows its other pictures in the next.
+
+    Args:
+        labels: (n,) integer labels, of any range, with gaps or not.
+        samples_per_class: pictures of a class that follow each other; the paper uses 4.
+        length: rows an epoch; default: as many as there are labels.
+        multiple_of: the length is rounded down to a multiple of this, such as the global batch.
+        seed: of every choice.
+
+    Raises:
+        ValueError: labels that are empty or fractional; more images a class than any class has; an epoch shorter than
+            a batch.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from ballad_hf import ClassAwareSampler
+    >>> labels = np.array([0] * 90 + [1] * 8 + [2] * 2)
+    >>> rows = ClassAwareSampler(labels, samples_per_class=2, length=60).rows()
+    >>> np.bincount(labels[rows]).tolist()
+    [20, 20, 20]
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int] | np.ndarray,
+        samples_per_class: int = 4,
+        *,
+        length: int | None = None,
+        multiple_of: int = 1,
+        seed: int = 0,
+    ):
+        self._index = ClassIndex(labels)
+        super().__init__(len(self._index.members) if length is None else length, multiple_of, seed)
+        self.samples_per_class = samples_per_class
+        self._check_samples_per_class()
+
+    def _check_samples_per_class(self) -> None:
+        k, largest = self.samples_per_class, int(self._index.counts.max())
+        if not 1 <= k <= largest:
+            raise ValueError(
+                f"samples_per_class is {k}, but the largest class has {largest} pictures: choose 1 to {largest}."
+            )
+        short = self._index.classes[self._index.counts < k]
+        if len(short):
+            logger.warning(
+                f"{len(short)} classes have fewer than samples_per_class={k} pictures, such as class {short[0]}: a "
+                f"draw repeats some of them. With samples_per_class={int(self._index.counts.min())} none would."
+            )
+
+    def _rows_at(self, positions: np.ndarray) -> np.ndarray:
+        index, k = self._index, self.samples_per_class
+        cycle, place = np.divmod(positions + self.epoch * len(self), len(index) * k)
+        rank, nth = np.divmod(place, k)
+        chosen = permute(rank, len(index), mix(self.seed, _CLASS_ORDER, cycle))  # class at each position
+        counts = index.counts[chosen]
+        lap, offset = np.divmod(cycle * k + nth, counts)
+        within = permute(offset, counts, mix(self.seed, _WITHIN_CLASS, chosen, lap))
+        return index.members[index.starts[chosen] + within]
+
+
+class ClassWeightSampler(EpochSampler):
+    """Classes in given shares, by systematic sampling (Madow, 1949): each class has its share of the epoch, rounded.
+
+    Independent draws would give a tail class zero pictures in one epoch and twice its share in the next; here it has
+    its share up or down to the next whole number, at positions that are shuffled over the whole epoch. The pictures of
+    a class come without repetition until all were used.
+
+    Args:
+        labels: (n,) integer labels, of any range, with gaps or not.
+        class_weights: (classes,) share of each class that occurs, in the order of the labels; any positive scale.
+        length: rows an epoch; default: as many as there are labels.
+        multiple_of: the length is rounded down to a multiple of this, such as the global batch.
+        seed: of every choice.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from ballad_hf.data.samplers import ClassWeightSampler
+    >>> labels = np.array([0] * 6 + [1] * 2)
+    >>> rows = ClassWeightSampler(labels, [1, 3], length=80).rows()
+    >>> np.bincount(labels[rows]).tolist()
+    [20, 60]
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int] | np.ndarray,
+        class_weights: Sequence[float] | np.ndarray,
+        *,
+        length: int | None = None,
+        multiple_of: int = 1,
+        seed: int = 0,
+    ):
+        self._index = ClassIndex(labels)
+        super().__init__(len(self._index.members) if length is None else length, multiple_of, seed)
+        self.class_weights = self._checked_weights(class_weights)
+
+    def _checked_weights(self, class_weights: Sequence[float] | np.ndarray) -> np.ndarray:
+        weights = np.asarray(class_weights, dtype=np.float64)
+        if weights.shape != (len(self._index),):
+            raise ValueError(
+                f"class_weights has shape {weights.shape}, but {len(self._index)} classes occur in labels: give one "
+                "weight for each of them."
+            )
+        if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
+            raise ValueError(
+                "class_weights holds a negative, infinite or NaN weight, or only zeros: give finite weights of 0 or "
+                "more, and at least one above 0."
+            )
+        return weights
+
+    def _epoch_weights(self) -> np.ndarray:
+        return self.class_weights
+
+    def _rows_at(self, positions: np.ndarray) -> np.ndarray:
+        index, length = self._index, len(self)
+        ends = np.cumsum(self._epoch_weights())
+        ends *= length / ends[-1]  # (classes,) the epoch cut into one piece a class
+        # Whole shares stay whole: rounding errors of the sum must not move a row to the next class.
+        ends = np.where(np.abs(ends - np.rint(ends)) < 1e-6, np.rint(ends), ends)
+        shift = uniform(self.seed, _OFFSET, self.epoch)
+        first = np.ceil(np.concatenate([[0.0], ends[:-1]]) - shift).astype(np.int64)  # first slot of each class
+        slot = permute(positions, length, mix(self.seed, _ROW_ORDER, self.epoch))
+        chosen = np.searchsorted(ends, slot + shift, side="right")
+        chosen = np.minimum(chosen, len(index) - 1)
+        counts = index.counts[chosen]
+        lap, offset = np.divmod(slot - first[chosen], counts)
+        within = permute(offset, counts, mix(self.seed, _WITHIN_CLASS, self.epoch, chosen, lap))
+        return index.members[index.starts[chosen] + within]
+
+
+class PowerSampler(ClassWeightSampler):
+    """Classes in proportion to `count ** power` (Kang et al., 2020, "Decoupling Representation and Classifier").
+
+    Their equation 1. `power = 1` is instance sampling (at the default length each row occurs exactly once an epoch),
+    `power = 0.5` square-root sampling (Mahajan et al., 2018), `power = 0` balanced.
+
+    Args:
+        labels: (n,) integer labels, of any range, with gaps or not.
+        power: 0 or more; above 1 the head is drawn more often than it occurs.
+        length, multiple_of, seed: see [`ClassWeightSampler`].
+
+    Example:
+
+    >>> import numpy as np
+    >>> from ballad_hf.data.samplers import PowerSampler
+    >>> labels = np.array([0] * 64 + [1] * 16)
+    >>> [np.bincount(labels[PowerSampler(labels, power, length=60).rows()]).tolist() for power in (1, 0.5, 0)]
+    [[48, 12], [40, 20], [30, 30]]
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int] | np.ndarray,
+        power: float,
+        *,
+        length: int | None = None,
+        multiple_of: int = 1,
+        seed: int = 0,
+    ):
+        if not 0 <= power < np.inf:
+            raise ValueError(f"power is {power}: choose 0 (balanced) to 1 (as they occur), or a finite number above.")
+        array = checked_labels(labels)
+        counts = ClassIndex(array).counts
+        super().__init__(array, counts.astype(np.float64) ** power, length=length, multiple_of=multiple_of, seed=seed)
+        self.power = power
+
+
+class ProgressiveSampler(ClassWeightSampler):
+    """From instance sampling in the first epoch to balanced sampling in the last (Kang et al., 2020, eq. 2).
+
+    Class shares are `(1 - t) * count / n + t / classes` with `t` rising from 0 to 1 over the epochs; a single epoch
+    has `t = 0`, and epochs after the last stay balanced.
+
+    Args:
+        labels: (n,) integer labels, of any range, with gaps or not.
+        epochs: number of epochs, 1 or more.
+        length, multiple_of, seed: see [`ClassWeightSampler`].
+
+    Example:
+
+    >>> import numpy as np
+    >>> from ballad_hf.data.samplers import ProgressiveSampler
+    >>> labels = np.array([0] * 60 + [1] * 20)
+    >>> sampler = ProgressiveSampler(labels, epochs=3)
+    >>> for epoch in range(3):
+    ...     sampler.set_epoch(epoch)
+    ...     print(np.bincount(labels[sampler.rows()]).tolist())
+    [60, 20]
+    [50, 30]
+    [40, 40]
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int] | np.ndarray,
+        epochs: int,
+        *,
+        length: int | None = None,
+        multiple_of: int = 1,
+        seed: int = 0,
+    ):
+        if epochs < 1:
+            raise ValueError(f"epochs is {epochs}: give 1 or more.")
+        array = checked_labels(labels)
+        counts = ClassIndex(array).counts
+        super().__init__(array, counts, length=length, multiple_of=multiple_of, seed=seed)
+        self.epochs = epochs
+
+    def _epoch_weights(self) -> np.ndarray:
+        progress = min(self.epoch / max(self.epochs - 1, 1), 1.0)
+        counts = self.class_weights
+        return (1 - progress) * counts / counts.sum() + progress / len(counts)
+
+
+class SeededDraws(Sampler[Draw]):
+    """A sampler's rows, each with the seed of its augmentation: a pure function of (seed, epoch, position).
+
+    So a picture looks the same whichever worker or process prepares it, before and after a resume.
+
+    Args:
+        sampler: gives row numbers; `set_epoch` and the length are its own.
+        seed: of the augmentation.
+
+    Example:
+
+    >>> from ballad_hf.data.samplers import InstanceSampler, SeededDraws
+    >>> draws = SeededDraws(InstanceSampler([0, 1]), seed=1)
+    >>> sorted(draw.index for draw in draws), list(draws) == list(draws)
+    ([0, 1], True)
+    """
+
+    def __init__(self, sampler: Sampler[int] | Iterable[int], seed: int = 0):
+        self.sampler = sampler
+        self.seed = int(seed)
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, here and in the sampler."""
+        self.epoch = int(epoch)
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Draw]:
+        epoch = self.epoch
+        for row, seed in zip(self.sampler, self._seeds(epoch), strict=False):
+            yield Draw(int(row), seed, epoch)
+
+    def _seeds(self, epoch: int) -> Iterator[int]:
+        for begin in itertools.count(step=_BLOCK):
+            positions = np.arange(begin, begin + _BLOCK)
+            # One bit less than 64, so that a seed fits every signed integer on its way.
+            yield from (mix(self.seed, _AUGMENTATION, epoch, positions) >> np.uint64(1)).tolist()
