@@ -1,4 +1,4 @@
-"""The model card, rendered from measured results: nothing on it is typed by hand, and nothing is left to the reader."""
+"""The model card, rendered from measured results: nothing on it is typed by hand."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def evaluation_result_file(
 
 def _eval_results(metrics: LongTailMetrics, name: str, dataset_id: str | None, part: str) -> list[EvalResult]:
     slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-") or "data"
-    described = {
+    described: dict[str, Any] = {
         "task_type": "image-classification",
         "task_name": "Image classification",
         "dataset_type": dataset_id or slug,
