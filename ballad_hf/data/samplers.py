@@ -37,7 +37,7 @@ class Draw(NamedTuple):
         epoch: for transforms that change as training goes on.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     seed: int
     epoch: int = 0
 

@@ -1,0 +1,128 @@
+"""Class names as they belong in a prompt.
+
+The rule: underscores become spaces; a running number in front, as in `001.Black_footed_Albatross`, goes; square and
+curly brackets become round ones, as in CLIP's own list of ImageNet names ("kite (bird of prey)"); white space is
+single. Everything else stays: hyphens, capitals, and words in brackets, which tell a crane from a crane.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+ClassNames = str | os.PathLike[str] | Sequence[str] | Mapping[str, str]
+
+_RUNNING_NUMBER = re.compile(r"^\d{2,}\.(?=\w)")
+_BRACKETS = str.maketrans("[]{}_", "()() ")
+
+
+def clean_class_name(name: str) -> str:
+    """One class name for a prompt.
+
+    Example:
+
+    >>> from ballad_hf.data.class_names import clean_class_name
+    >>> [clean_class_name(name) for name in ("aquarium_fish", "crane[machine]", "T-shirt", "016.Painted_Bunting")]
+    ['aquarium fish', 'crane (machine)', 'T-shirt', 'Painted Bunting']
+    """
+    name = _RUNNING_NUMBER.sub("", name.strip()).translate(_BRACKETS)
+    return " ".join(re.sub(r"(?<=\S)\(", " (", name).split())
+
+
+def shown_class_names(raw: Sequence[str], override: ClassNames | None = None) -> list[str]:
+    """The names that prompts, reports and the model's configuration use.
+
+    Args:
+        raw: names as the data has them, in label order.
+        override: names in label order (a list, or a text file with one a line), which are cleaned as others; or a
+            mapping from names as the data has them (or as they are after cleaning) to what is shown, taken as it is,
+            as a dictionary or a JSON or YAML file. A JSON file may also hold a list of names, or iNaturalist's list
+            of `{"id": ..., "name": ...}`.
+
+    Returns:
+        One name a class.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a list of another length than `raw`, empty or repeated names in it, a mapping of unknown names,
+            two classes with the same name at the end.
+
+    Example:
+
+    >>> from ballad_hf.data.class_names import shown_class_names
+    >>> shown_class_names(["red_fox", "kite"], {"kite": "kite (toy)"})
+    ['red fox', 'kite (toy)']
+    """
+    where = "class_names" if not isinstance(override, str | os.PathLike) else str(override)
+    told: Any = _read(Path(override)) if isinstance(override, str | os.PathLike) else override
+    if isinstance(told, Mapping):
+        names = _mapped(raw, told, where)
+    else:
+        names = [clean_class_name(name) for name in (raw if told is None else _listed(raw, told, where))]
+    empty = [index for index, name in enumerate(names) if not name]
+    if empty:
+        raise ValueError(f"Classes {empty} have no name left: give class_names.")
+    clashes = colliding(names)
+    if clashes:
+        examples = "; ".join(
+            f"{name!r} for {' and '.join(repr(str(raw[place])) for place in places)}"
+            for name, places in list(clashes.items())[:10]
+        )
+        raise ValueError(
+            f"{len(clashes)} names stand for more than one class: {examples}. A prompt can't tell them apart: give "
+            "class_names that can, for example a mapping with a word in brackets for each of them."
+        )
+    return names
+
+
+def colliding(names: Sequence[str]) -> dict[str, list[int]]:
+    """Names that several classes share: name -> classes. Upper and lower case are the same to CLIP's tokenizer."""
+    places: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        places.setdefault(name.lower(), []).append(index)
+    return {names[found[0]]: found for found in places.values() if len(found) > 1}
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"class_names is {path}, but there is no such file.")
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() not in (".json", ".yaml", ".yml"):
+        return [line for line in text.splitlines() if line.strip()]
+    content = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    if isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
+        return [str(entry["name"]) for entry in sorted(content, key=lambda entry: entry["id"])]
+    if not isinstance(content, list | dict):
+        raise ValueError(
+            f"{path} holds {type(content).__name__}: give a list of names, or a mapping from raw to shown."
+        )
+    return content
+
+
+def _listed(raw: Sequence[str], override: Sequence[str], where: str) -> list[str]:
+    names = [str(name) for name in override]
+    if len(names) != len(raw):
+        raise ValueError(
+            f"{where} has {len(names)} names, but the data has {len(raw)} classes: give one a class, in label order "
+            "(and make sure that the file belongs to this data set)."
+        )
+    return names
+
+
+def _mapped(raw: Sequence[str], override: Mapping[str, str], where: str) -> list[str]:
+    known = {str(key): str(value) for key, value in override.items()}
+    cleaned = [clean_class_name(name) for name in raw]
+    unknown = sorted(set(known) - set(raw) - set(cleaned))
+    if unknown:
+        raise ValueError(
+            f"{where} names classes that the data does not have: {', '.join(unknown[:10])}. It has, for example, "
+            f"{', '.join(map(str, raw[:5]))}."
+        )
+    return [known.get(name, known.get(clean, clean)) for name, clean in zip(raw, cleaned, strict=True)]

@@ -1,0 +1,169 @@
+"""A data set from wherever it lies becomes three parts with cleaned class names: `load_splits`."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .class_index import ClassIndex
+from .class_names import ClassNames, shown_class_names
+from .digits import DIGITS_IMBALANCE, read_digits
+from .image_folders import read_image_folder
+from .images import UnreadablePictureError
+from .long_tail import Profile, make_long_tailed
+from .raw_data import RawData
+from .splits import ImageSplit, Splits
+
+
+__all__ = ["ImageSplit", "Splits", "load_splits"]
+
+logger = logging.get_logger(__name__)
+
+# Names for the separate uses of a seed, so that no two choices share their random numbers.
+_VALIDATION, _TAIL, _SHORTER = range(3)
+
+
+def load_splits(
+    dataset: str | os.PathLike[str] = "digits",
+    *,
+    config_name: str | None = None,
+    revision: str | None = None,
+    train_split: str | None = None,
+    validation_split: str | None = None,
+    test_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    image_root: str | os.PathLike[str] | None = None,
+    class_names: ClassNames | None = None,
+    validation_fraction: float = 0.1,
+    imbalance_factor: float | None = None,
+    profile: Profile = "exponential",
+    max_train_samples: int | None = None,
+    on_unreadable: Literal["raise", "skip"] = "raise",
+    seed: int = 0,
+) -> Splits:
+    """Read a data set: its parts, its classes, and where wanted a long tail made of it.
+
+    Args:
+        dataset: `"digits"` (built in), an image folder.
+        train_split, validation_split, test_split: names of the parts; found by their usual names where not given.
+        class_names: how classes are called in prompts; see `shown_class_names`.
+        validation_fraction: share of each class held out where there is no validation part; at least one picture
+            of each class that has two, never the last.
+        imbalance_factor: make the training part long-tailed: largest class over smallest; the digits have 50.
+        profile: shape of that tail, see `long_tailed_counts`.
+        max_train_samples: so many training pictures, at least one a class, chosen at random.
+        on_unreadable: `"raise"`: a picture that can't be read is an error when it is met; `"skip"`: every picture is
+            read once here, and those that can't be are left out, counted and listed in `Splits.unreadable`.
+        seed: of every choice.
+
+    Returns:
+        The parts. What is held out is held out before the tail is made, so it stays as balanced as the data was.
+
+    Example:
+
+    >>> from ballad_hf import load_splits
+    >>> splits = load_splits("digits")
+    >>> splits.class_counts.tolist()
+    [108, 73, 47, 30, 19, 12, 8, 5, 3, 2]
+    >>> len(splits.validation), len(splits.test), splits.class_names[:3]
+    (200, 500, ['zero', 'one', 'two'])
+    """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction is {validation_fraction}: choose a share between 0 and 1.")
+    if on_unreadable not in ("raise", "skip"):
+        raise ValueError(f"on_unreadable is {on_unreadable!r}: choose 'raise' or 'skip'.")
+    if max_train_samples is not None and max_train_samples < 1:
+        raise ValueError(f"max_train_samples is {max_train_samples}: give 1 or more, or leave it out.")
+    chosen = {"train": train_split, "validation": validation_split, "test": test_split}
+    raw = _read(dataset, chosen, seed)
+    names = shown_class_names(raw.class_names, class_names)
+    parts = {name: ImageSplit(part.pictures, part.labels, names) for name, part in raw.parts.items()}
+    unreadable: list[str] = []
+    if on_unreadable == "skip":
+        parts = {name: _readable(part, unreadable) for name, part in parts.items()}
+    train = parts["train"]
+    if not len(train):
+        raise ValueError(f"The training part of {raw.name} has no pictures.")
+    if "validation" not in parts:
+        train, parts["validation"] = _split_off(train, validation_fraction, seed)
+    if imbalance_factor is None and raw.name == "digits":
+        imbalance_factor = DIGITS_IMBALANCE
+    if imbalance_factor is not None:
+        train = train.select(make_long_tailed(train.labels, imbalance_factor, profile, seed=_seed(seed, _TAIL)))
+    if max_train_samples is not None:
+        train = _shorter(train, max_train_samples, seed)
+    return Splits(train, parts["validation"], parts.get("test"), names, raw.name, unreadable)
+
+
+def _read(dataset: str | os.PathLike[str], chosen: dict[str, str | None], seed: int) -> RawData:
+    path = Path(dataset)
+    if str(dataset) == "digits" and not path.exists():
+        return read_digits(seed)
+    if path.is_dir():
+        return read_image_folder(path, chosen)
+    raise FileNotFoundError(f"dataset is {dataset}: there is no such folder.")
+
+
+def _seed(seed: int, use: int) -> int:
+    """A seed of its own for each use of the run's seed."""
+    return int(np.random.SeedSequence([seed % 2**64, use]).generate_state(1, np.uint64)[0])
+
+
+def _readable(split: ImageSplit, unreadable: list[str]) -> ImageSplit:
+    """The pictures that can be read; reasons for the others go to the list."""
+
+    def reason(index: int) -> str | None:
+        try:
+            split.image(index)
+        except UnreadablePictureError as error:
+            return str(error)
+        return None
+
+    # Pillow decodes outside of Python's lock, so threads share the work.
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        reasons = list(
+            tqdm(threads.map(reason, range(len(split))), total=len(split), desc="Reading every picture", delay=2)
+        )
+    bad = [text for text in reasons if text is not None]
+    if not bad:
+        return split
+    logger.warning(f"{len(bad)} of {len(split)} pictures can't be read and are left out, for example: {bad[0]}")
+    unreadable += bad
+    return split.select([index for index, text in enumerate(reasons) if text is None])
+
+
+def _split_off(train: ImageSplit, fraction: float, seed: int) -> tuple[ImageSplit, ImageSplit]:
+    """Training part and validation part, class by class; a class with one picture keeps it."""
+    index, rng = ClassIndex(train.labels), np.random.default_rng(_seed(seed, _VALIDATION))
+    held_out = []
+    for place, count in enumerate(index.counts.tolist()):
+        wanted = min(count - 1, max(1, round(count * fraction)))
+        held_out.append(rng.permutation(index.rows_of(place))[:wanted])
+    validation = np.sort(np.concatenate(held_out))
+    if not len(validation):
+        raise ValueError(
+            "Every class has one picture, so none can be held out for validation: name a validation part with "
+            "validation_split, or add pictures."
+        )
+    return train.select(np.setdiff1d(np.arange(len(train)), validation)), train.select(validation)
+
+
+def _shorter(train: ImageSplit, wanted: int, seed: int) -> ImageSplit:
+    """So many pictures at random, and at least one of each class."""
+    index, rng = ClassIndex(train.labels), np.random.default_rng(_seed(seed, _SHORTER))
+    if wanted < len(index):
+        raise ValueError(
+            f"max_train_samples is {wanted}, but there are {len(index)} classes: give {len(index)} or more."
+        )
+    if wanted >= len(train):
+        return train
+    firsts = np.array([rng.choice(index.rows_of(place)) for place in range(len(index))])
+    others = rng.permutation(np.setdiff1d(np.arange(len(train)), firsts))[: wanted - len(firsts)]
+    return train.select(np.sort(np.concatenate([firsts, others])))

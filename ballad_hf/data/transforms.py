@@ -1,0 +1,269 @@
+"""Pictures become pixel values, with the numbers of the image processor that belongs to the checkpoint.
+
+Every transform is a frozen dataclass of plain values, so that a cache can tell one from another, and a function
+`transform(picture, rng)`: what it draws comes from the generator it is given, never from a global state. Each
+resizes once; the training transform crops in the same step, so that only the pixels that are kept are computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+
+
+# What RandomResizedCrop means everywhere: width over height, and the draws before it gives up and takes the centre.
+_ASPECT_RATIOS = (3 / 4, 4 / 3)
+_LOG_ASPECT_RATIOS = (math.log(3 / 4), math.log(4 / 3))
+_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """What a tower takes.
+
+    Args:
+        height, width: of the pixels, in pixels.
+        shortest_edge: pictures are resized to this before the centre is cut out; `None`: they are resized to height
+            and width, whatever their shape.
+        resample: Pillow's number of the filter.
+        rescale_factor: multiplies the grey levels first.
+        mean, std: of each channel, after that.
+    """
+
+    height: int
+    width: int
+    shortest_edge: int | None
+    resample: int
+    rescale_factor: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, image_processor: Any) -> PixelFormat:
+        """Read an image processor of CLIP's kind.
+
+        Raises:
+            ValueError: it makes pictures of varying size, or does something that is not known here.
+        """
+        for step in ("do_pad", "do_flip_channel_order", "do_reduce_labels", "do_thumbnail", "do_align_long_axis"):
+            if getattr(image_processor, step, None):
+                raise ValueError(
+                    f"The image processor {type(image_processor).__name__} has {step} set, which is not known here: "
+                    "unset it, or give a transform of your own."
+                )
+        resized = _size(image_processor, "size") if _does(image_processor, "do_resize") else {}
+        cropped = _size(image_processor, "crop_size") if _does(image_processor, "do_center_crop") else {}
+        exact = {"height", "width"}
+        if not (exact <= set(cropped) or exact <= set(resized)) or not (
+            not resized or set(resized) == {"shortest_edge"} or exact <= set(resized)
+        ):
+            raise ValueError(
+                f"The image processor resizes to {resized or 'nothing'} and crops to {cropped or 'nothing'}, so "
+                "pictures differ in size: set crop_size to a height and a width, and size to the same or to a "
+                "shortest_edge."
+            )
+        target = cropped if cropped else resized
+        if exact <= set(resized) and cropped and resized != cropped:
+            raise ValueError(
+                f"The image processor resizes to {resized} whatever the shape, then crops to {cropped}: set size to a "
+                "shortest_edge, or both to the same."
+            )
+        normalises = _does(image_processor, "do_normalize")
+        return cls(
+            height=target["height"],
+            width=target["width"],
+            shortest_edge=resized.get("shortest_edge"),
+            resample=int(_filter_of(image_processor)),
+            rescale_factor=float(image_processor.rescale_factor) if _does(image_processor, "do_rescale") else 1.0,
+            mean=_channels(image_processor.image_mean) if normalises else (0.0, 0.0, 0.0),
+            std=_channels(image_processor.image_std) if normalises else (1.0, 1.0, 1.0),
+        )
+
+    def tensor(self, picture: Image.Image) -> torch.Tensor:
+        """Pixel values of a picture that has its size already: (3, height, width) float32."""
+        grey_levels = np.asarray(picture)  # (height, width, 3) uint8
+        scale = np.array([self.rescale_factor / std for std in self.std], dtype=np.float32)
+        shift = np.array([mean / std for mean, std in zip(self.mean, self.std, strict=True)], dtype=np.float32)
+        pixel_values = np.empty((3, *grey_levels.shape[:2]), dtype=np.float32)  # (3, height, width)
+        np.multiply(grey_levels.transpose(2, 0, 1), scale[:, None, None], out=pixel_values)
+        pixel_values -= shift[:, None, None]
+        return torch.from_numpy(pixel_values)
+
+
+@dataclass(frozen=True)
+class EvaluationTransform:
+    """What the image processor does, in one step: resize, centre crop, normalise."""
+
+    pixel_format: PixelFormat
+
+    def __call__(self, picture: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
+        """Pixel values: (3, height, width) float32. Nothing is drawn from `rng`."""
+        kind = self.pixel_format
+        width, height = picture.size
+        resized_height, resized_width = _resized(height, width, kind)
+        # Whole, then cut: a box in one step would differ by rounding from the processor's own pixels.
+        resized = picture.resize((resized_width, resized_height), Image.Resampling(kind.resample))
+        left, top = _start(resized_width, kind.width), _start(resized_height, kind.height)
+        return kind.tensor(resized.crop((left, top, left + kind.width, top + kind.height)))
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """A random crop of the whole picture, a random flip and random colours, then normalised."""
+
+    pixel_format: PixelFormat
+    scale: tuple[float, float]
+    horizontal_flip: float
+    color_jitter: float
+
+    def __call__(self, picture: Image.Image, rng: np.random.Generator) -> torch.Tensor:
+        """Pixel values: (3, height, width) float32, drawn with `rng`."""
+        kind = self.pixel_format
+        box = _random_box(*picture.size, self.scale, rng)
+        picture = picture.resize((kind.width, kind.height), Image.Resampling(kind.resample), box=box)
+        if rng.random() < self.horizontal_flip:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.color_jitter:
+            picture = _jittered(picture, self.color_jitter, rng)
+        return kind.tensor(picture)
+
+
+def evaluation_transform(image_processor: Any) -> EvaluationTransform:
+    """What the image processor does to a picture, as a transform of a split.
+
+    Args:
+        image_processor: of CLIP's kind; its size, crop, filter, mean and standard deviation are taken over.
+
+    Returns:
+        A transform whose pixels differ from the processor's own by at most one grey level.
+
+    Example:
+
+    >>> from PIL import Image
+    >>> from ballad_hf.data.transforms import evaluation_transform
+    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> evaluation_transform(build_tiny_clip().image_processor)(Image.new("RGB", (60, 40))).shape
+    torch.Size([3, 32, 32])
+    """
+    return EvaluationTransform(PixelFormat.of(image_processor))
+
+
+def train_transform(
+    image_processor: Any,
+    scale: tuple[float, float] = (0.5, 1.0),
+    horizontal_flip: float = 0.5,
+    color_jitter: float = 0.4,
+) -> TrainTransform:
+    """The augmentation of BALLAD's training, with the pixels that the image processor's tower takes.
+
+    Args:
+        image_processor: its size, filter, mean and standard deviation are taken over.
+        scale: smallest and largest share of the picture's area that a crop keeps.
+        horizontal_flip: probability of a mirrored picture; 0 where left and right differ in meaning, as in digits.
+        color_jitter: brightness, contrast and saturation are multiplied by factors of 1 - this to 1 + this each, in
+            random order; 0 leaves colours alone.
+
+    Returns:
+        A transform that draws everything from the generator it is called with.
+
+    Raises:
+        ValueError: a share outside 0 to 1, a probability outside 0 to 1, a negative strength.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from PIL import Image
+    >>> from ballad_hf.data.transforms import train_transform
+    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> transform = train_transform(build_tiny_clip().image_processor)
+    >>> picture = Image.linear_gradient("L").convert("RGB")
+    >>> views = [transform(picture, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    >>> bool((views[0] == views[1]).all()), bool((views[0] == views[2]).all())
+    (True, False)
+    """
+    low, high = scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"scale is {scale}: give a smallest and a largest share of the area, such as (0.5, 1.0).")
+    if not 0 <= horizontal_flip <= 1:
+        raise ValueError(f"horizontal_flip is {horizontal_flip}: give a probability, 0 to 1.")
+    if not 0 <= color_jitter < math.inf:
+        raise ValueError(f"color_jitter is {color_jitter}: give 0 (colours as they are) or more, such as 0.4.")
+    return TrainTransform(
+        PixelFormat.of(image_processor), (float(low), float(high)), float(horizontal_flip), float(color_jitter)
+    )
+
+
+def _does(image_processor: Any, step: str) -> bool:
+    return bool(getattr(image_processor, step, False))
+
+
+def _size(image_processor: Any, name: str) -> dict[str, int]:
+    """A size of an image processor, without what is not set in it."""
+    size = getattr(image_processor, name)
+    if isinstance(size, int):
+        return {"height": size, "width": size} if name == "crop_size" else {"shortest_edge": size}
+    if dataclasses.is_dataclass(size):
+        size = {option.name: getattr(size, option.name) for option in dataclasses.fields(size)}
+    return {key: int(value) for key, value in dict(size).items() if value is not None}
+
+
+def _filter_of(image_processor: Any) -> int:
+    resample = image_processor.resample
+    return Image.Resampling.BILINEAR if resample is None else int(resample)
+
+
+def _channels(values: Any) -> tuple[float, ...]:
+    values = [values] * 3 if isinstance(values, int | float) else list(values)
+    return tuple(float(value) for value in values)
+
+
+def _resized(height: int, width: int, kind: PixelFormat) -> tuple[int, int]:
+    if kind.shortest_edge is None:
+        return kind.height, kind.width
+    # Cut off, not rounded, as the processors do.
+    longest = int(kind.shortest_edge * max(height, width) / min(height, width))
+    return (longest, kind.shortest_edge) if width <= height else (kind.shortest_edge, longest)
+
+
+def _start(resized: int, wanted: int) -> int:
+    """First pixel of the centre along one side; negative where the picture is too small and black surrounds it."""
+    return (resized - wanted) // 2 if wanted <= resized else -math.ceil((wanted - resized) / 2)
+
+
+def _random_box(
+    width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """A random part of a picture: left, top, right, bottom."""
+    areas = width * height * rng.uniform(*scale, _ATTEMPTS)
+    ratios = np.exp(rng.uniform(*_LOG_ASPECT_RATIOS, _ATTEMPTS))
+    widths, heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+    at_x, at_y = rng.random(2)
+    fitting = np.flatnonzero((widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height))
+    if not len(fitting):
+        return _central_box(width, height)
+    box_width, box_height = int(widths[fitting[0]]), int(heights[fitting[0]])
+    left, top = int(at_x * (width - box_width + 1)), int(at_y * (height - box_height + 1))
+    return left, top, left + box_width, top + box_height
+
+
+def _central_box(width: int, height: int) -> tuple[float, float, float, float]:
+    """The largest centre of a shape that a random box may have."""
+    narrowest, widest = _ASPECT_RATIOS
+    box_width = min(width, round(height * widest))
+    box_height = min(height, round(width / narrowest))
+    left, top = (width - box_width) // 2, (height - box_height) // 2
+    return left, top, left + box_width, top + box_height
+
+
+def _jittered(picture: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+    factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, 3)
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for which in rng.permutation(3):
+        picture = enhancers[which](picture).enhance(factors[which])
+    return picture
