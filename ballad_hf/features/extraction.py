@@ -99,7 +99,7 @@ def extract_features(
     described: dict[str, Any] = {
         "class_counts": model.config.class_counts if class_counts is None else class_counts,
         "class_embeds": model.class_embeds,
-        "logit_scale": float(model.logit_scale),
+        "logit_scale": model.logit_scale.item(),
         "class_names": model.config.class_names,
     }
     if cache_dir is None and work.processes == 1:
@@ -299,5 +299,5 @@ def _prepared(split, image_processor: Any, transform: Any, views: int):
         return split
     from ..data import transforms
 
-    make = transforms.evaluation_transform if views == 1 else transforms.training_transform
+    make = transforms.evaluation_transform if views == 1 else transforms.train_transform
     return split.with_transform(make(image_processor))
