@@ -11,7 +11,6 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import AutoImageProcessor, AutoTokenizer
 
 from ballad_hf import (
     BalladForImageClassification,
@@ -23,9 +22,11 @@ from ballad_hf import (
     train_phase_a,
     train_phase_b,
 )
+from ballad_hf.data.transforms import train_transform
 from ballad_hf.evaluation.evaluate import predict
 from ballad_hf.evaluation.table import metrics_table
 from ballad_hf.hub.model_card import render_model_card
+from ballad_hf.models.dual_encoders import load_dual_encoder, load_image_processor, load_tokenizer
 from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training.command_line import parse_arguments
 from ballad_hf.training.preflight import check_before_training
@@ -33,73 +34,124 @@ from ballad_hf.training.run_folder import claim_run_folder
 
 
 BUILT_IN = Path(__file__).parent / "recipes" / "digits.yaml"
+USE_IT = """\
+Saved in {folder}. To use it, in Python:
+
+    import ballad_hf
+    from transformers import pipeline
+    pipeline("image-classification", model="{folder}")("picture.png")
+"""
 
 
 def main(command_line: list[str]) -> None:
     # Mistakes in the arguments, the folder or the data end the run before anything is trained.
     arguments = parse_arguments(command_line, default_config=BUILT_IN, description=__doc__.split("\n")[0])
-    run = arguments.run
+    phase_a, phase_b, run = arguments.phase_a, arguments.phase_b, arguments.run
+    output_dir = Path(run.output_dir)
     accelerator = Accelerator(
-        mixed_precision=run.mixed_precision, log_with=run.report_to, project_dir=Path(run.output_dir) / "logs"
+        mixed_precision=run.mixed_precision, log_with=run.report_to, project_dir=output_dir / "logs"
     )
     set_seed(run.seed)
     if accelerator.is_main_process:
         claim_run_folder(
-            run.output_dir, arguments.to_dict(), resume=run.resume == "auto", overwrite=run.overwrite_output_dir
+            output_dir, arguments.to_dict(), resume=run.resume == "auto", overwrite=run.overwrite_output_dir
         )
-    accelerator.wait_for_everyone()
-    output_dir = Path(run.output_dir)
-
-    # The pictures, and the dual encoder with what feeds it.
     with accelerator.main_process_first():
         splits = load_splits(**vars(arguments.data), seed=run.seed)
-    options = vars(arguments.model).copy()
-    name, revision = options.pop("model_name_or_path"), options.pop("model_revision")
-    if name == "tiny":
-        words = " ".join([*options["templates"], *splits.class_names]).replace(".", " ").split()
-        clip, tokenizer, image_processor = build_tiny_clip(words=words, seed=run.seed)
-        model = BalladForImageClassification.from_dual_encoder(clip, splits.class_names, tokenizer, **options)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision)
-        model = BalladForImageClassification.from_clip(
-            name, splits.class_names, tokenizer, revision=revision, **options
-        )
+    model, tokenizer, image_processor = load_model(arguments.model, splits.class_names, run.seed)
     model.config.class_counts = splits.class_counts.tolist()
     check_before_training(model.clip, splits, image_processor)
     model.to(accelerator.device)
 
-    # The method: both towers on the data as it is, then the adapter on balanced samples of the frozen features.
+    test = splits.validation if splits.test is None else splits.test
     reading = {"image_processor": image_processor, "num_workers": run.num_workers, "accelerator": accelerator}
-    test = splits.test if splits.test is not None else splits.validation
     predictions = {"before training": predict(model, test, batch_size=run.eval_batch_size, **reading)}
+
+    # Phase A: both towers on the data as it is.
     train_phase_a(
         model,
         splits,
         tokenizer,
         image_processor,
-        arguments.phase_a,
+        phase_a,
         accelerator=accelerator,
         output_dir=output_dir,
         seed=run.seed,
         resume=run.resume,
+        num_workers=run.num_workers,
+        eval_batch_size=run.eval_batch_size,
     )
     predictions["phase A"] = predict(model, test, batch_size=run.eval_batch_size, **reading)
-    features = {"batch_size": run.eval_batch_size, "seed": run.seed, "cache_dir": run.feature_cache_dir, **reading}
-    train_table = extract_features(model, splits.train, views=arguments.phase_b.views, **features)
-    validation_table = extract_features(model, splits.validation, **features)
-    train_phase_b(model, train_table, arguments.phase_b, validation=validation_table, seed=run.seed)
+
+    # Phase B: the adapter on balanced samples of what the towers, frozen now, see.
+    extraction = {"batch_size": run.eval_batch_size, "seed": run.seed, "cache_dir": run.feature_cache_dir, **reading}
+    augmentation = train_transform(
+        image_processor, (phase_a.crop_scale, 1.0), phase_a.horizontal_flip, phase_a.color_jitter
+    )
+    train_table = extract_features(
+        model,
+        splits.train,
+        views=phase_b.views,
+        transform=augmentation if phase_b.views > 1 else None,
+        **extraction,
+    )
+    validation_table = extract_features(model, splits.validation, **extraction)
+    train_phase_b(model, train_table, phase_b, validation=validation_table, seed=run.seed)
     predictions["phase B"] = predict(model, test, batch_size=run.eval_batch_size, **reading)
 
-    # What came of it.
-    if not accelerator.is_main_process:
-        return
+    if accelerator.is_main_process:
+        share(model, tokenizer, image_processor, splits, predictions, arguments)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def load_model(options, class_names, seed):
+    """The dual encoder under an adapter, and what feeds it: a tokenizer and an image processor."""
+    values = vars(options).copy()
+    name, revision = values.pop("model_name_or_path"), values.pop("model_revision")
+    if name == "tiny":
+        words = " ".join([*options.templates, *class_names]).replace(".", " ").replace("{}", " ").split()
+        clip, tokenizer, image_processor = build_tiny_clip(words=words, seed=seed)
+    else:
+        hub = {} if revision is None else {"revision": revision}
+        clip = load_dual_encoder(name, **hub)
+        tokenizer = load_tokenizer(name, clip.config, **hub)
+        image_processor = load_image_processor(name, clip.config, **hub)
+    model = BalladForImageClassification.from_dual_encoder(clip, class_names, tokenizer, **values)
+    return model, tokenizer, image_processor
+
+
+def share(model, tokenizer, image_processor, splits, predictions, arguments):
+    """Save everything in one folder, say what came of it and how to use it, and push it where that was asked for."""
+    run = arguments.run
     results = {
         stage: LongTailMetrics.from_predictions(said, splits.class_counts, splits.class_names)
         for stage, said in predictions.items()
     }
-    print(f"\n{splits.name}: {len(test)} test pictures, accuracy in percent\n\n{metrics_table(results)}\n")
-    save_bundle(output_dir, model, tokenizer, image_processor, metrics=results, arguments=arguments.to_dict())
+    card = render_model_card(
+        model,
+        results,
+        dataset_name=splits.name,
+        arguments=arguments.to_dict(),
+        splits=splits,
+        seeds=run.seed,
+    )
+    folder = save_bundle(
+        run.output_dir,
+        model,
+        tokenizer,
+        image_processor,
+        card=card,
+        metrics=results,
+        arguments=arguments.to_dict(),
+        overwrite=True,
+    )
+    part = "validation" if splits.test is None else "test"
+    print(f"\n{splits.name}: accuracy on {results['phase B'].samples} {part} pictures, in percent\n")
+    print(f"{metrics_table(results)}\n\n{USE_IT.format(folder=folder)}")
+    if run.push_to_hub:
+        repository = push_bundle(folder, run.hub_model_id or folder.name, private=run.hub_private)
+        print(f"Pushed to {repository}")
 
 
 if __name__ == "__main__":
