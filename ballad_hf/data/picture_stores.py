@@ -88,12 +88,17 @@ class FilePictures:
     def open(self, row: int) -> Image.Image:
         return open_picture(self.path(row))
 
-    def missing(self) -> list[str]:
-        """The paths at which there is no file, in order; each folder is listed once."""
-        names = [self.name(row) for row in range(len(self))]
-        folders = {os.path.dirname(name) for name in names}
-        present = {folder: _file_names(self.root / folder) for folder in folders}
-        return [name for name in names if os.path.basename(name) not in present[os.path.dirname(name)]]
+    def absent(self) -> np.ndarray:
+        """Rows without a file, rising: (absent,) int64. Each folder is listed once, instead of a call a picture."""
+        present: dict[str, set[str]] = {}
+        rows = []
+        for row in range(len(self)):
+            folder, name = os.path.split(self.name(row))
+            if folder not in present:
+                present[folder] = _file_names(self.root / folder)
+            if name not in present[folder]:
+                rows.append(row)
+        return np.array(rows, dtype=np.int64)
 
     def digests(self, rows: np.ndarray) -> np.ndarray:
         with ThreadPoolExecutor() as threads:

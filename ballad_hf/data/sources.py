@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -13,9 +13,11 @@ from transformers.utils import logging
 
 from .class_index import ClassIndex
 from .class_names import ClassNames, shown_class_names
+from .dataset_sources import is_dataset_folder, read_dataset
 from .digits import DIGITS_IMBALANCE, read_digits
 from .image_folders import read_image_folder
 from .images import UnreadablePictureError
+from .list_files import find_train_list, read_lists
 from .long_tail import Profile, make_long_tailed
 from .raw_data import RawData
 from .splits import ImageSplit, Splits
@@ -51,20 +53,31 @@ def load_splits(
     """Read a data set: its parts, its classes, and where wanted a long tail made of it.
 
     Args:
-        dataset: `"digits"` (built in), an image folder.
-        train_split, validation_split, test_split: names of the parts; found by their usual names where not given.
+        dataset: `"digits"` (built in); a folder of pictures, one folder a class; a folder of parquet files or one of
+            them; what `save_to_disk` wrote; a list file of `path label` lines or a folder with such; iNaturalist's
+            JSON; or the name of a data set on the Hub.
+        config_name, revision: of a data set on the Hub.
+        train_split, validation_split, test_split: names of the parts (for lists, of the files); found by their usual
+            names where not given.
+        image_column, label_column: of a data set of the `datasets` library; found where there is one choice.
+        image_root: folder that the paths of a list start from; default: that of the list.
         class_names: how classes are called in prompts; see `shown_class_names`.
         validation_fraction: share of each class held out where there is no validation part; at least one picture
             of each class that has two, never the last.
         imbalance_factor: make the training part long-tailed: largest class over smallest; the digits have 50.
         profile: shape of that tail, see `long_tailed_counts`.
         max_train_samples: so many training pictures, at least one a class, chosen at random.
-        on_unreadable: `"raise"`: a picture that can't be read is an error when it is met; `"skip"`: every picture is
-            read once here, and those that can't be are left out, counted and listed in `Splits.unreadable`.
+        on_unreadable: `"raise"`: missing files of a list are an error here, all together, and a picture that can't be
+            read is one when it is met; `"skip"`: every picture is read once here, and those that can't be are left
+            out, counted and listed in `Splits.unreadable`.
         seed: of every choice.
 
     Returns:
         The parts. What is held out is held out before the tail is made, so it stays as balanced as the data was.
+
+    Raises:
+        FileNotFoundError: no such data set; pictures of a list that are missing.
+        ValueError: data that can't be understood, arguments out of range; the message names the value and the remedy.
 
     Example:
 
@@ -82,10 +95,20 @@ def load_splits(
     if max_train_samples is not None and max_train_samples < 1:
         raise ValueError(f"max_train_samples is {max_train_samples}: give 1 or more, or leave it out.")
     chosen = {"train": train_split, "validation": validation_split, "test": test_split}
-    raw = _read(dataset, chosen, seed)
+    raw, unreadable = _read(
+        str(dataset),
+        chosen,
+        columns={"image_column": image_column, "label_column": label_column},
+        version={"config_name": config_name, "revision": revision},
+        lists={
+            "image_root": image_root,
+            "has_names": class_names is not None,
+            "skip_missing": on_unreadable == "skip",
+        },
+        seed=seed,
+    )
     names = shown_class_names(raw.class_names, class_names)
     parts = {name: ImageSplit(part.pictures, part.labels, names) for name, part in raw.parts.items()}
-    unreadable: list[str] = []
     if on_unreadable == "skip":
         parts = {name: _readable(part, unreadable) for name, part in parts.items()}
     train = parts["train"]
@@ -102,13 +125,31 @@ def load_splits(
     return Splits(train, parts["validation"], parts.get("test"), names, raw.name, unreadable)
 
 
-def _read(dataset: str | os.PathLike[str], chosen: dict[str, str | None], seed: int) -> RawData:
+def _read(
+    dataset: str,
+    chosen: dict[str, str | None],
+    *,
+    columns: dict[str, Any],
+    version: dict[str, Any],
+    lists: dict[str, Any],
+    seed: int,
+) -> tuple[RawData, list[str]]:
+    """The data from whatever kind of source the name stands for, and what was missing."""
     path = Path(dataset)
-    if str(dataset) == "digits" and not path.exists():
-        return read_digits(seed)
-    if path.is_dir():
-        return read_image_folder(path, chosen)
-    raise FileNotFoundError(f"dataset is {dataset}: there is no such folder.")
+    if dataset == "digits" and not path.exists():
+        return read_digits(seed), []
+    if path.is_file() and path.suffix.lower() != ".parquet":
+        if path.suffix.lower() not in (".txt", ".json"):
+            raise ValueError(
+                f"dataset is the file {dataset}: give a list (.txt or .json), a parquet file, or a folder of pictures."
+            )
+        return read_lists(path, chosen, **lists)
+    if path.is_dir() and not is_dataset_folder(path):
+        train_list = find_train_list(path)
+        return read_lists(train_list, chosen, **lists) if train_list else (read_image_folder(path, chosen), [])
+    if not path.exists() and (path.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") > 1):
+        raise FileNotFoundError(f"dataset is {dataset}: there is no such file or folder.")
+    return read_dataset(dataset, chosen, **columns, **version), []
 
 
 def _seed(seed: int, use: int) -> int:
