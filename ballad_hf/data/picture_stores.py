@@ -30,8 +30,8 @@ class PictureStore(Protocol):
 
     def __len__(self) -> int: ...
 
-    def open(self, row: int) -> Image.Image:
-        """The picture: upright, RGB."""
+    def open(self, row: int, enough: int | None = None) -> Image.Image:
+        """The picture: upright, RGB; smaller than it is stored where both sides keep `enough` pixels."""
 
     def name(self, row: int) -> str:
         """What messages call it."""
@@ -49,7 +49,7 @@ class ArrayPictures:
     def __len__(self) -> int:
         return len(self._pixels)
 
-    def open(self, row: int) -> Image.Image:
+    def open(self, row: int, enough: int | None = None) -> Image.Image:
         return Image.fromarray(self._pixels[row]).convert("RGB")
 
     def name(self, row: int) -> str:
@@ -85,8 +85,8 @@ class FilePictures:
         """The picture's file."""
         return self.root / self.name(row)
 
-    def open(self, row: int) -> Image.Image:
-        return open_picture(self.path(row))
+    def open(self, row: int, enough: int | None = None) -> Image.Image:
+        return open_picture(self.path(row), enough=enough)
 
     def absent(self) -> np.ndarray:
         """Rows without a file, rising: (absent,) int64. Each folder is listed once, instead of a call a picture."""
@@ -135,10 +135,10 @@ class DatasetPictures:
         stored = self._dataset[int(row)][self._column]
         return stored if stored is not None else {"bytes": b"", "path": None}
 
-    def open(self, row: int) -> Image.Image:
+    def open(self, row: int, enough: int | None = None) -> Image.Image:
         stored = self._stored(row)
         source = stored["path"] if stored["bytes"] is None else stored["bytes"]
-        return open_picture(source, name=self._name_of(stored, row))
+        return open_picture(source, name=self._name_of(stored, row), enough=enough)
 
     def name(self, row: int) -> str:
         return self._name_of(self._stored(row), row)

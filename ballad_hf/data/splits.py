@@ -77,9 +77,17 @@ class ImageSplit(Dataset):
         """Pictures of each class: (classes,) int64."""
         return np.bincount(self.labels, minlength=len(self.class_names))
 
-    def image(self, index: int) -> Image.Image:
-        """The picture as it is stored: upright, RGB, in its own size."""
-        return self._pictures.open(int(self._rows[index]))
+    def image(self, index: int, enough: int | None = None) -> Image.Image:
+        """The picture: upright, RGB, in its own size.
+
+        Args:
+            index: its place.
+            enough: a JPEG may come smaller than it is, as long as both sides keep this many pixels.
+
+        Raises:
+            UnreadablePictureError: it can't be read.
+        """
+        return self._pictures.open(int(self._rows[index]), enough)
 
     def name(self, index: int) -> str:
         """What messages call the picture: its path, where it has one."""
@@ -94,7 +102,8 @@ class ImageSplit(Dataset):
         transform = self.transform
         if hasattr(transform, "at_epoch"):
             transform = transform.at_epoch(draw.epoch)
-        pixel_values = transform(self.image(draw.index), np.random.default_rng(draw.seed))
+        picture = self.image(draw.index, getattr(transform, "enough", None))
+        pixel_values = transform(picture, np.random.default_rng(draw.seed))
         return {"pixel_values": pixel_values, "labels": int(self.labels[draw.index]), "index": draw.index}
 
     def with_transform(self, transform: Transform | None) -> ImageSplit:

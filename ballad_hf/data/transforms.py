@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,12 @@ from PIL import Image, ImageEnhance
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 _LOG_ASPECT_RATIOS = (math.log(3 / 4), math.log(4 / 3))
 _ATTEMPTS = 10
+
+# A crop is taken from a picture with at least so many times the pixels a side that are wanted of it: what a JPEG
+# decoder leaves out before that, the resize would have averaged away.
+_REDUCING_GAP = 2.0
+
+CropShape = Literal["convex", "linear", "concave"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,71 @@ class EvaluationTransform:
 
 
 @dataclass(frozen=True)
+class FiveCropTransform:
+    """The centre and the four corners of a slightly larger picture, for averaging over views."""
+
+    pixel_format: PixelFormat
+    expand: int
+
+    def __call__(self, picture: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
+        """Pixel values: (5, 3, height, width) float32, centre first. Nothing is drawn from `rng`."""
+        kind = self.pixel_format
+        larger = dataclasses.replace(
+            kind,
+            height=kind.height + self.expand,
+            width=kind.width + self.expand,
+            shortest_edge=None if kind.shortest_edge is None else max(kind.height, kind.width) + self.expand,
+        )
+        height, width = _resized(picture.height, picture.width, larger)
+        resized = picture.resize((width, height), Image.Resampling(kind.resample))
+        right, bottom = width - kind.width, height - kind.height
+        corners = [(right // 2, bottom // 2), (0, 0), (right, 0), (0, bottom), (right, bottom)]
+        crops = [resized.crop((left, top, left + kind.width, top + kind.height)) for left, top in corners]
+        return torch.stack([kind.tensor(crop) for crop in crops])
+
+
+@dataclass(frozen=True)
+class CropSchedule:
+    """Crops that grow towards the whole picture over the epochs (Shi et al., 2025, "LIFT+", minimalist augmentation).
+
+    With `t` from 0 in the first epoch to 1 in the last, the smallest share of the area goes from its given value to
+    the largest one by `s(t)`: `t` itself (linear), `1 - sqrt(1 - t ** 2)` (convex) or `sqrt(1 - (1 - t) ** 2)`
+    (concave). A single epoch has `t = 0`, and epochs after the last stay at 1.
+
+    Args:
+        epochs: number of epochs, 1 or more.
+        shape: `"convex"`, `"linear"` or `"concave"`.
+
+    Example:
+
+    >>> from ballad_hf.data.transforms import CropSchedule
+    >>> [CropSchedule(3, "linear").at_epoch((0.5, 1.0), epoch) for epoch in range(3)]
+    [(0.5, 1.0), (0.75, 1.0), (1.0, 1.0)]
+    """
+
+    epochs: int
+    shape: CropShape = "convex"
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs is {self.epochs}: give 1 or more.")
+        if self.shape not in get_args(CropShape):
+            raise ValueError(f"shape is {self.shape!r}: choose one of {', '.join(get_args(CropShape))}.")
+
+    def at_epoch(self, scale: tuple[float, float], epoch: int) -> tuple[float, float]:
+        """Smallest and largest share of the area in an epoch, from those of the first."""
+        t = min(epoch / max(self.epochs - 1, 1), 1.0)
+        if self.shape == "convex":
+            progress = 1 - math.sqrt(1 - t**2)
+        elif self.shape == "concave":
+            progress = math.sqrt(1 - (1 - t) ** 2)
+        else:
+            progress = t
+        low, high = scale
+        return low + progress * (high - low), high
+
+
+@dataclass(frozen=True)
 class TrainTransform:
     """A random crop of the whole picture, a random flip and random colours, then normalised."""
 
@@ -121,6 +192,20 @@ class TrainTransform:
     scale: tuple[float, float]
     horizontal_flip: float
     color_jitter: float
+    crop_schedule: CropSchedule | None = None
+
+    @property
+    def enough(self) -> int:
+        """Pixels a side of the whole picture beyond which nothing is gained."""
+        kind = self.pixel_format
+        return math.ceil(_REDUCING_GAP * max(kind.height, kind.width) / math.sqrt(self.scale[0]))
+
+    def at_epoch(self, epoch: int) -> TrainTransform:
+        """The transform of one epoch, where crops follow a schedule."""
+        if self.crop_schedule is None:
+            return self
+        scale = self.crop_schedule.at_epoch(self.scale, epoch)
+        return dataclasses.replace(self, scale=scale, crop_schedule=None)
 
     def __call__(self, picture: Image.Image, rng: np.random.Generator) -> torch.Tensor:
         """Pixel values: (3, height, width) float32, drawn with `rng`."""
@@ -159,6 +244,7 @@ def train_transform(
     scale: tuple[float, float] = (0.5, 1.0),
     horizontal_flip: float = 0.5,
     color_jitter: float = 0.4,
+    crop_schedule: CropSchedule | None = None,
 ) -> TrainTransform:
     """The augmentation of BALLAD's training, with the pixels that the image processor's tower takes.
 
@@ -168,6 +254,7 @@ def train_transform(
         horizontal_flip: probability of a mirrored picture; 0 where left and right differ in meaning, as in digits.
         color_jitter: brightness, contrast and saturation are multiplied by factors of 1 - this to 1 + this each, in
             random order; 0 leaves colours alone.
+        crop_schedule: lets `scale` narrow to the whole picture over the epochs; default: it stays.
 
     Returns:
         A transform that draws everything from the generator it is called with.
@@ -195,8 +282,35 @@ def train_transform(
     if not 0 <= color_jitter < math.inf:
         raise ValueError(f"color_jitter is {color_jitter}: give 0 (colours as they are) or more, such as 0.4.")
     return TrainTransform(
-        PixelFormat.of(image_processor), (float(low), float(high)), float(horizontal_flip), float(color_jitter)
+        PixelFormat.of(image_processor),
+        (float(low), float(high)),
+        float(horizontal_flip),
+        float(color_jitter),
+        crop_schedule,
     )
+
+
+def five_crop_transform(image_processor: Any, expand: int = 24) -> FiveCropTransform:
+    """Five views of each picture for test-time ensembling, as LIFT (Shi et al., 2024) evaluates with.
+
+    The picture is resized to `expand` pixels more than the tower takes, then cut at the centre and the four corners.
+    `extract_features(..., transform=..., views=5)` keeps a feature of each view; `evaluate` averages their logits.
+
+    Args:
+        image_processor: its size, crop, filter, mean and standard deviation are taken over.
+        expand: pixels more a side, 1 or more; the paper uses 24 for towers of 224.
+
+    Example:
+
+    >>> from PIL import Image
+    >>> from ballad_hf.data.transforms import five_crop_transform
+    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> five_crop_transform(build_tiny_clip().image_processor, expand=4)(Image.new("RGB", (60, 40))).shape
+    torch.Size([5, 3, 32, 32])
+    """
+    if expand < 1:
+        raise ValueError(f"expand is {expand}: with less than 1 pixel more, all five views would be the same.")
+    return FiveCropTransform(PixelFormat.of(image_processor), int(expand))
 
 
 def _does(image_processor: Any, step: str) -> bool:
