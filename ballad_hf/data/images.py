@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
-# Pillow's own limit for a warning is half of this, its limit for an error this.
+# Pillow's own limit; a smaller one may be given, and a larger one needs `PIL.Image.MAX_IMAGE_PIXELS` raised too.
 MAX_PIXELS = 178_956_970
 
 _ORIENTATION = 0x0112  # the EXIF tag

@@ -35,8 +35,8 @@ class PixelFormat:
 
     Args:
         height, width: of the pixels, in pixels.
-        shortest_edge: pictures are resized to this before the centre is cut out; `None`: they are resized to height
-            and width, whatever their shape.
+        resize: what pictures are resized to before the centre is cut out: their shorter side to one number, both sides
+            to (height, width), or nothing.
         resample: Pillow's number of the filter.
         rescale_factor: multiplies the grey levels first.
         mean, std: of each channel, after that.
@@ -44,7 +44,7 @@ class PixelFormat:
 
     height: int
     width: int
-    shortest_edge: int | None
+    resize: int | tuple[int, int] | None
     resample: int
     rescale_factor: float
     mean: tuple[float, ...]
@@ -84,7 +84,7 @@ class PixelFormat:
         return cls(
             height=target["height"],
             width=target["width"],
-            shortest_edge=resized.get("shortest_edge"),
+            resize=resized.get("shortest_edge") or ((resized["height"], resized["width"]) if resized else None),
             resample=int(_filter_of(image_processor)),
             rescale_factor=float(image_processor.rescale_factor) if _does(image_processor, "do_rescale") else 1.0,
             mean=_channels(image_processor.image_mean) if normalises else (0.0, 0.0, 0.0),
@@ -112,7 +112,7 @@ class EvaluationTransform:
         """Pixel values: (3, height, width) float32. Nothing is drawn from `rng`."""
         kind = self.pixel_format
         width, height = picture.size
-        resized_height, resized_width = _resized(height, width, kind)
+        resized_height, resized_width = _resized(height, width, kind.resize)
         # Whole, then cut: a box in one step would differ by rounding from the processor's own pixels.
         resized = picture.resize((resized_width, resized_height), Image.Resampling(kind.resample))
         left, top = _start(resized_width, kind.width), _start(resized_height, kind.height)
@@ -129,13 +129,11 @@ class FiveCropTransform:
     def __call__(self, picture: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
         """Pixel values: (5, 3, height, width) float32, centre first. Nothing is drawn from `rng`."""
         kind = self.pixel_format
-        larger = dataclasses.replace(
-            kind,
-            height=kind.height + self.expand,
-            width=kind.width + self.expand,
-            shortest_edge=None if kind.shortest_edge is None else max(kind.height, kind.width) + self.expand,
-        )
-        height, width = _resized(picture.height, picture.width, larger)
+        if isinstance(kind.resize, int):
+            target: int | tuple[int, int] = max(kind.height, kind.width) + self.expand
+        else:
+            target = (kind.height + self.expand, kind.width + self.expand)
+        height, width = _resized(picture.height, picture.width, target)
         resized = picture.resize((width, height), Image.Resampling(kind.resample))
         right, bottom = width - kind.width, height - kind.height
         corners = [(right // 2, bottom // 2), (0, 0), (right, 0), (0, bottom), (right, bottom)]
@@ -337,12 +335,15 @@ def _channels(values: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def _resized(height: int, width: int, kind: PixelFormat) -> tuple[int, int]:
-    if kind.shortest_edge is None:
-        return kind.height, kind.width
+def _resized(height: int, width: int, target: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width after the resize."""
+    if target is None:
+        return height, width
+    if isinstance(target, tuple):
+        return target
     # Cut off, not rounded, as the processors do.
-    longest = int(kind.shortest_edge * max(height, width) / min(height, width))
-    return (longest, kind.shortest_edge) if width <= height else (kind.shortest_edge, longest)
+    longest = int(target * max(height, width) / min(height, width))
+    return (longest, target) if width <= height else (target, longest)
 
 
 def _start(resized: int, wanted: int) -> int:
