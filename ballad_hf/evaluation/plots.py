@@ -278,7 +278,7 @@ def _shade_groups(axes: Axes, metrics: LongTailMetrics, order: np.ndarray) -> No
     for group in GROUPS:
         size = len(metrics.shot_classes[group])
         if size:
-            axes.axvspan(start - 0.5, start + size - 0.5, color=GROUP_COLOURS[group], alpha=0.07, lw=0)
+            axes.axvspan(start - 0.5, start + size - 0.5, color=GROUP_COLOURS[group], alpha=0.07, lw=0, zorder=0)
             centre = start + (size - 1) / 2
             axes.text(
                 centre,
