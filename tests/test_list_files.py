@@ -1,0 +1,190 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ballad_hf import load_splits
+from ballad_hf.data.list_files import MissingPicturesError, find_train_list, read_list_file
+
+
+@pytest.fixture
+def benchmark(tmp_path):
+    """A data set in the layout of Places-LT: three lists, and folders of pictures of which some are shared."""
+    names = {"train": ["airfield", "tea_room", "zoo"], "val": ["airfield", "tea_room", "zoo"]}
+    counts = {"train": (5, 3, 1), "val": (2, 2, 2)}
+    for part, classes in names.items():
+        lines = []
+        for label, (name, count) in enumerate(zip(classes, counts[part], strict=True)):
+            (tmp_path / "train" / name).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                path = f"train/{name}/{part} {number}.png"
+                Image.new("RGB", (8, 6), (label * 50, number, len(part))).save(tmp_path / path)
+                lines.append(f"{path} {label}\n")
+        (tmp_path / f"Places_LT_{part}.txt").write_text("".join(lines))
+    return tmp_path
+
+
+def test_lists_are_found_beside_each_other(benchmark):
+    for dataset in (benchmark, benchmark / "Places_LT_train.txt"):
+        splits = load_splits(dataset)
+        assert splits.name == "Places_LT"
+        assert splits.class_names == ["airfield", "tea room", "zoo"]
+        assert splits.class_counts.tolist() == [5, 3, 1]
+        assert len(splits.validation) == 6
+        assert splits.test is None
+    assert splits.train.image(6).getpixel((0, 0)) == (50, 1, 5)
+    assert splits.train.name(6) == "train/tea_room/train 1.png"
+
+
+def test_lists_of_other_names_are_given(benchmark, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("lists")
+    for old, new in (("train", "mine"), ("val", "held")):
+        (benchmark / f"Places_LT_{old}.txt").rename(elsewhere / f"{new}.txt")
+    splits = load_splits(elsewhere / "mine.txt", test_split="held.txt", image_root=benchmark, validation_fraction=0.3)
+    assert splits.name == "mine"
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (6, 3, 6)
+    with pytest.raises(FileNotFoundError, match="validation_split is 'gone.txt'"):
+        load_splits(elsewhere / "mine.txt", validation_split="gone.txt", image_root=benchmark)
+    with pytest.raises(FileNotFoundError, match="image_root is /nowhere"):
+        load_splits(elsewhere / "mine.txt", image_root="/nowhere")
+
+
+def test_all_missing_pictures_are_reported_together(benchmark):
+    gone = ["train/airfield/train 1.png", "train/zoo/val 0.png", "train/zoo/val 1.png"]
+    for path in gone:
+        (benchmark / path).unlink()
+    with pytest.raises(
+        MissingPicturesError, match=r"3 of 15 pictures are not below(.|\n)*train: 1(.|\n)*validation: 2"
+    ) as caught:
+        load_splits(benchmark)
+    assert caught.value.missing == {"train": gone[:1], "validation": gone[1:]}
+    splits = load_splits(benchmark, on_unreadable="skip")
+    assert splits.class_counts.tolist() == [4, 3, 1]
+    assert splits.unreadable == [f"{path} is missing." for path in gone]
+
+
+def test_every_malformed_line_is_named(tmp_path):
+    path = tmp_path / "train.txt"
+    path.write_text("a/1.jpg 0\n\nb/2.jpg\nc/3.jpg one\nd/4.jpg -1\n 7\ne/5.jpg 1.0\nf/6.jpg 1\n")
+    with pytest.raises(ValueError, match="has 5 lines that are not") as caught:
+        read_list_file(path)
+    for number, line in ((3, "b/2.jpg"), (4, "c/3.jpg one"), (5, "d/4.jpg -1"), (6, "7"), (7, "e/5.jpg 1.0")):
+        assert f"line {number}: {line!r}" in str(caught.value)
+
+
+def test_paths_with_spaces_and_other_line_ends(tmp_path):
+    path = tmp_path / "train.txt"
+    path.write_bytes("\ufefftea room/é 1.jpg\t0\r\nzoo/2.jpg   12\r\n".encode())
+    listed = read_list_file(path)
+    assert listed.paths == ["tea room/é 1.jpg", "zoo/2.jpg"]
+    assert listed.labels.tolist() == [0, 12]
+
+
+def test_empty_and_missing_lists_are_refused(tmp_path):
+    (tmp_path / "train.txt").write_text("\n")
+    with pytest.raises(ValueError, match="is empty"):
+        read_list_file(tmp_path / "train.txt")
+    with pytest.raises(FileNotFoundError, match="no list file"):
+        read_list_file(tmp_path / "val.txt")
+
+
+def test_names_that_no_prompt_could_use_are_asked_for(tmp_path):
+    for folder in ("n01440764", "n01443537"):
+        (tmp_path / folder).mkdir()
+        for number in range(2):
+            Image.new("RGB", (4, 4)).save(tmp_path / folder / f"{number}.png")
+    lines = [
+        f"{folder}/{number}.png {label}"
+        for label, folder in enumerate(["n01440764", "n01443537"])
+        for number in (0, 1)
+    ]
+    (tmp_path / "ImageNet_LT_train.txt").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="folders such as n01440764.*give class_names"):
+        load_splits(tmp_path)
+    assert load_splits(tmp_path, class_names=["tench", "goldfish"]).class_names == ["tench", "goldfish"]
+    assert load_splits(tmp_path, class_names={"n01440764": "tench"}).class_names == ["tench", "n01443537"]
+    # The names of another benchmark do not fit.
+    with pytest.raises(ValueError, match="has 3 names, but the data has 2 classes"):
+        load_splits(tmp_path, class_names=["tench", "goldfish", "shark"])
+
+
+def test_one_folder_for_all_classes_gives_no_names(tmp_path):
+    for number in range(4):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+    (tmp_path / "train.txt").write_text("0.png 0\n1.png 0\n2.png 1\n3.png 1\n")
+    with pytest.raises(ValueError, match="2 classes without names"):
+        load_splits(tmp_path)
+    assert load_splits(tmp_path, class_names=["cat", "dog"]).class_names == ["cat", "dog"]
+
+
+def test_two_training_lists_in_a_folder_are_told_apart_by_the_user(tmp_path):
+    for name in ("a_train.txt", "b_train.txt", "training_log.txt", "c_val.txt"):
+        (tmp_path / name).write_text("x.png 0\n")
+    with pytest.raises(ValueError, match="a_train.txt, b_train.txt"):
+        find_train_list(tmp_path)
+    (tmp_path / "b_train.txt").unlink()
+    assert find_train_list(tmp_path).name == "a_train.txt"
+
+
+@pytest.fixture
+def inaturalist(tmp_path):
+    categories = [{"id": 9, "name": "Bubo bubo", "supercategory": "Aves"}, {"id": 3, "name": "Vulpes vulpes"}]
+    for part, rows in {"train": [(9, 1), (3, 2), (3, 3), (9, 4)], "val": [(3, 5), (9, 6)]}.items():
+        images, annotations = [], []
+        for category, number in rows:
+            path = Path("train_val2018") / "Aves" / f"{number}.png"
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (5, 5), (number, 0, 0)).save(tmp_path / path)
+            images.insert(0, {"id": number + 100, "file_name": str(path), "width": 5})
+            annotations.append({"id": number, "image_id": number + 100, "category_id": category})
+        content = {"images": images, "annotations": annotations, "categories": categories, "info": {}}
+        (tmp_path / f"{part}2018.json").write_text(json.dumps(content))
+    (tmp_path / "test2018.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "x.jpg"}]}))
+    return tmp_path
+
+
+def test_inaturalist(inaturalist):
+    for dataset in (inaturalist, inaturalist / "train2018.json"):
+        splits = load_splits(dataset)
+        # Category ids in rising order: 3, then 9.
+        assert splits.class_names == ["Vulpes vulpes", "Bubo bubo"]
+        assert splits.train.labels.tolist() == [1, 0, 0, 1]
+        assert splits.validation.labels.tolist() == [0, 1]
+        assert splits.test is None
+    assert [splits.train.image(row).getpixel((0, 0))[0] for row in range(4)] == [1, 2, 3, 4]
+
+
+def test_inaturalist_with_loose_ends_is_refused(inaturalist):
+    path = inaturalist / "val2018.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["category_id"] = 77
+    content["annotations"][1]["image_id"] = 1234
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"1 unknown categories \[77\] and of 1 unknown images \[1234\]"):
+        load_splits(inaturalist)
+    path.write_text("[1, 2")
+    with pytest.raises(ValueError, match="val2018.json is no JSON"):
+        load_splits(inaturalist)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="no list of `images`"):
+        load_splits(inaturalist)
+
+
+@pytest.mark.skipif(
+    "BALLAD_PLACES_LT" not in os.environ, reason="BALLAD_PLACES_LT does not name the folder of Places-LT's lists"
+)
+def test_places_lt():
+    folder = Path(os.environ["BALLAD_PLACES_LT"])
+    listed = read_list_file(folder / "Places_LT_train.txt")
+    counts = np.bincount(listed.labels)
+    assert (len(listed.paths), len(counts), counts.max(), counts.min()) == (62_500, 365, 4_980, 5)
+    if (folder / listed.paths[0]).is_file():
+        assert load_splits(folder).class_counts.tolist() == counts.tolist()
+        return
+    with pytest.raises(MissingPicturesError, match="106300 of 106300 pictures") as caught:
+        load_splits(folder)
+    missing = {part: len(paths) for part, paths in caught.value.missing.items()}
+    assert missing == {"train": 62_500, "validation": 7_300, "test": 36_500}
