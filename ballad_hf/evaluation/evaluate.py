@@ -105,8 +105,13 @@ def predict(
     adapter_ratio: float | None = None,
     logit_shift: torch.Tensor | None = None,
     accelerator: Accelerator | None = None,
+    unknown: bool = False,
 ) -> Predictions:
     """As [`evaluate`], but what the model said about every picture, in the split's order.
+
+    Args:
+        unknown: the pictures show none of the model's classes: their labels are not looked at and become -1. Put
+            together with the predictions of known pictures, they are what `open_set_metrics` takes.
 
     Returns:
         Predictions that can be saved, plotted, compared with another model's, or turned into metrics.
@@ -131,7 +136,7 @@ def predict(
         transform = evaluation_transform(image_processor)
     if transform is not None:
         split = split.with_transform(transform)
-    mine = list(_predict_share(model, split, batch_size, num_workers, logit_shift, accelerator))
+    mine = list(_predict_share(model, split, batch_size, num_workers, logit_shift, accelerator, unknown))
     return _gathered(mine, len(split), split.fingerprint(), accelerator)
 
 
@@ -162,7 +167,13 @@ def _predict_table(
 
 
 def _predict_share(
-    model, split, batch_size: int, num_workers: int, logit_shift: torch.Tensor | None, accelerator: Accelerator | None
+    model,
+    split,
+    batch_size: int,
+    num_workers: int,
+    logit_shift: torch.Tensor | None,
+    accelerator: Accelerator | None,
+    unknown: bool,
 ) -> Iterator[Predictions]:
     """Predictions of this process's share of the split, batch by batch."""
     process, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
@@ -176,7 +187,8 @@ def _predict_share(
         for batch in batches:
             with autocast():
                 logits = _logits(model, batch["pixel_values"].to(device, non_blocking=True))
-            yield _named_rows(_shifted(logits, logit_shift), batch["labels"], batch["index"])
+            labels = torch.full_like(batch["labels"], -1) if unknown else batch["labels"]
+            yield _named_rows(_shifted(logits, logit_shift), labels, batch["index"], unknown)
 
 
 def _logits(model, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -188,7 +200,7 @@ def _logits(model, pixel_values: torch.Tensor) -> torch.Tensor:
     return logits.view(-1, views, logits.shape[1]).mean(dim=1)
 
 
-def _named_rows(logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> Predictions:
+def _named_rows(logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, unknown: bool) -> Predictions:
     """As `Predictions.from_logits`; where a model gives no finite logits, the error names rows of the split."""
     bad = (~torch.isfinite(logits).all(dim=1)).nonzero().flatten()
     if len(bad):
@@ -196,7 +208,7 @@ def _named_rows(logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor)
             f"The model gave NaN or infinity for pictures {index[bad.cpu()].tolist()} of the split: run it in float32 "
             "or bfloat16 instead of float16, or look for a training that diverged."
         )
-    return Predictions.from_logits(logits, labels, index)
+    return Predictions.from_logits(logits, labels, index, allow_unknown=unknown)
 
 
 def _shifted(logits: torch.Tensor, logit_shift: torch.Tensor | None) -> torch.Tensor:

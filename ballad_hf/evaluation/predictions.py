@@ -136,7 +136,7 @@ class Predictions:
         return replace(self, split_fingerprint=fingerprint)
 
     def save(self, file: str | Path) -> Path:
-        """Write a safetensors file; by convention `predictions.safetensors` in a run's folder."""
+        """Write a safetensors file; by convention in `predictions/` of a run's folder."""
         file = Path(file)
         about = {"num_classes": self.num_classes, "split_fingerprint": self.split_fingerprint}
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
