@@ -17,7 +17,6 @@ from ballad_hf import (
     LongTailMetrics,
     extract_features,
     load_splits,
-    push_bundle,
     save_bundle,
     train_phase_a,
     train_phase_b,
@@ -111,7 +110,7 @@ def load_model(options, class_names, seed):
     name, revision = values.pop("model_name_or_path"), values.pop("model_revision")
     if name == "tiny":
         words = " ".join([*options.templates, *class_names]).replace(".", " ").replace("{}", " ").split()
-        clip, tokenizer, image_processor = build_tiny_clip(words=words, seed=seed)
+        clip, tokenizer, image_processor = build_tiny_clip(patch_size=4, projection_dim=64, words=words, seed=seed)
     else:
         hub = {} if revision is None else {"revision": revision}
         clip = load_dual_encoder(name, **hub)
@@ -150,6 +149,8 @@ def share(model, tokenizer, image_processor, splits, predictions, arguments):
     print(f"\n{splits.name}: accuracy on {results['phase B'].samples} {part} pictures, in percent\n")
     print(f"{metrics_table(results)}\n\n{USE_IT.format(folder=folder)}")
     if run.push_to_hub:
+        from ballad_hf import push_bundle
+
         repository = push_bundle(folder, run.hub_model_id or folder.name, private=run.hub_private)
         print(f"Pushed to {repository}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,18 +106,70 @@ def adapter_accuracies(
         ratios: one, or (adapters,).
         class_counts: training pictures of each class, for the shot groups; default: the table's own.
     """
-    stack = weights.reshape(-1, table.dim, table.dim)
+    stack = weights.reshape(-1, table.dim, table.dim).float()
     ratios = torch.as_tensor(ratios, dtype=torch.float32, device=stack.device).expand(len(stack))
+    folded = fold(stack, ratios.reshape(-1, 1, 1))  # (adapters, dim, dim)
     class_embeds = table.class_embeds.to(stack.device)
-    correct = torch.zeros(len(stack), table.classes, dtype=torch.int64, device=stack.device)
-    rows = max(1, _MOST_LOGITS // (len(stack) * table.classes * table.views))
+    # The length of an adapted feature divides all its logits alike: with one view the best class needs no length,
+    # and the class embeddings can pass the adapter instead of the rows.
+    projected = class_embeds @ folded  # (adapters, classes, dim)
+
+    def predict(features: torch.Tensor) -> torch.Tensor:
+        if table.views == 1:
+            return (features[:, 0] @ projected.mT).argmax(dim=-1)  # (adapters, n)
+        logits = adapted_logits(features.flatten(0, 1), stack, ratios, class_embeds, 1.0)
+        return logits.view(len(stack), len(features), table.views, -1).mean(dim=2).argmax(dim=-1)
+
+    return _accuracies(table, len(stack), predict, stack.device, class_counts)
+
+
+@torch.no_grad()
+def moved_ratio_accuracies(
+    table: FeatureTable,
+    weights: torch.Tensor,
+    ratios: Sequence[float],
+    class_counts: torch.Tensor | None = None,
+) -> GroupAccuracies:
+    """Accuracies of one trained adapter at many ratios, from one pass over the table.
+
+    Args:
+        table: the rows to score; with several views, they are averaged.
+        weights: (dim, dim), on the device that does the work.
+        ratios: from 0 to 1.
+        class_counts: training pictures of each class, for the shot groups; default: the table's own.
+
+    Returns:
+        An entry for each ratio.
+    """
+    if table.views > 1:
+        stack = weights.expand(len(ratios), -1, -1)
+        return adapter_accuracies(table, stack, torch.tensor(ratios, device=weights.device), class_counts)
+    class_embeds = table.class_embeds.to(weights.device)
+    both = torch.cat([class_embeds, class_embeds @ weights.float()])  # (2 * classes, dim)
+
+    def predict(features: torch.Tensor) -> torch.Tensor:
+        plain, adapted = (features[:, 0] @ both.T).chunk(2, dim=1)  # (n, classes) each
+        # Up to the row's own length, the logits at a ratio lie between the two in a straight line.
+        return torch.stack([torch.lerp(plain, adapted, ratio).argmax(dim=1) for ratio in ratios])  # (ratios, n)
+
+    return _accuracies(table, len(ratios), predict, weights.device, class_counts, logits_of_a_row=2)
+
+
+def _accuracies(
+    table: FeatureTable,
+    adapters: int,
+    predict: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
+    class_counts: torch.Tensor | None,
+    logits_of_a_row: int | None = None,
+) -> GroupAccuracies:
+    """Count right predictions; `predict` takes features (n, views, dim) and gives (adapters, n)."""
+    correct = torch.zeros(adapters, table.classes, dtype=torch.int64, device=device)
+    rows = max(1, _MOST_LOGITS // ((logits_of_a_row or adapters) * table.classes * table.views))
     for features, labels in table.batches(rows):
-        n = len(labels)
-        flat = features.to(stack.device).float().flatten(0, 1)  # (n * views, dim)
-        logits = adapted_logits(flat, stack, ratios, class_embeds, 1.0)  # (adapters, n * views, classes)
-        logits = logits.view(len(stack), n, table.views, -1).mean(dim=2)  # (adapters, n, classes)
-        labels = labels.to(stack.device)
-        right = (logits.argmax(dim=-1) == labels).long()  # (adapters, n)
+        labels = labels.to(device)
+        right = (predict(features.to(device, torch.float32)) == labels).long()  # (adapters, n)
         correct.scatter_add_(1, labels.expand_as(right), right)
     support = torch.bincount(table.labels, minlength=table.classes)
-    return GroupAccuracies.from_correct(correct, support, table.class_counts if class_counts is None else class_counts)
+    counts = table.class_counts if class_counts is None else class_counts
+    return GroupAccuracies.from_correct(correct, support, counts)

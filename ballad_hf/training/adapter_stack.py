@@ -60,17 +60,24 @@ class AdapterStack:
             on_device(logit_scales),
         )
 
-    def select(self, adapters: Sequence[int] | torch.Tensor) -> AdapterStack:
-        """The stack of these adapters alone."""
-        at = torch.as_tensor(adapters, device=self.weights.device)
-        return AdapterStack(
-            self.weights[at],
-            self.momentum[at],
-            self.ratios[at],
-            self.learning_rates[at],
-            self.logit_scales[at],
-            self.epoch,
-        )
+    def take_apart(self) -> list[AdapterStack]:
+        """Each adapter as a stack of its own, on the same memory."""
+        return [
+            AdapterStack(*(tensor[at : at + 1] for tensor in self._tensors()), epoch=self.epoch)
+            for at in range(len(self.weights))
+        ]
+
+    @classmethod
+    def join(cls, stacks: Sequence[AdapterStack]) -> AdapterStack:
+        """One stack of several that have been trained for the same number of epochs."""
+        epochs = {stack.epoch for stack in stacks}
+        if len(epochs) != 1:
+            raise ValueError(f"Stacks of different epochs {sorted(epochs)} can't be trained together.")
+        tensors = (torch.cat(parts) for parts in zip(*(stack._tensors() for stack in stacks), strict=True))
+        return cls(*tensors, epoch=epochs.pop())
+
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.weights, self.momentum, self.ratios, self.learning_rates, self.logit_scales
 
 
 class TableBatches:
@@ -89,14 +96,14 @@ class TableBatches:
         self.table = table
         self.order_of = order_of
         self.batch_size = batch_size
-        self._drawn = np.zeros(table.rows, dtype=np.int64)
+        self._drawn = np.zeros(table.rows if table.views > 1 else 0, dtype=np.int64)
         self._counted = 0  # epochs in `_drawn`
+        self._last: tuple[int, torch.Tensor, torch.Tensor | None] | None = None  # epoch, rows, views
+        self._steps: int | None = None
 
     def epoch(self, epoch: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The epoch's batches: (features (batch, dim) in float32, labels (batch,))."""
-        order = np.asarray(self.order_of(epoch), dtype=np.int64)
-        views = self._views(epoch, order) if self.table.views > 1 else None
-        rows = torch.from_numpy(order).to(self.table.device)
+        rows, views = self._draws(epoch)
         batch = min(self.batch_size, len(rows))
         for start in range(0, len(rows) - batch + 1, batch):
             at = rows[start : start + batch]
@@ -106,8 +113,18 @@ class TableBatches:
 
     def steps(self) -> int:
         """Steps of an epoch."""
-        draws = len(self.order_of(0))
-        return draws // min(self.batch_size, draws)
+        if self._steps is None:
+            draws = len(self.order_of(0))
+            self._steps = draws // min(self.batch_size, draws)
+        return self._steps
+
+    def _draws(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows and views of an epoch; the last epoch asked for is kept, as several stacks may train on it."""
+        if self._last is None or self._last[0] != epoch:
+            order = np.asarray(self.order_of(epoch), dtype=np.int64)
+            views = self._views(epoch, order) if self.table.views > 1 else None
+            self._last = epoch, torch.from_numpy(order).to(self.table.device), views
+        return self._last[1], self._last[2]
 
     def _views(self, epoch: int, order: np.ndarray) -> torch.Tensor:
         if epoch < self._counted:

@@ -78,18 +78,25 @@ class CheckpointStore:
             return []
         return sorted(path for path in self.folder.iterdir() if path.name.startswith(_WHOLE))
 
-    def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of a step is, once it is written."""
+        return self.folder / f"{_WHOLE}{step:010d}"
+
+    def save(
+        self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], pinned: int | None = None
+    ) -> Path:
         """Write a checkpoint, then remove those that are too old.
 
         Args:
             step: steps done.
             tensors: any device; stored in their dtype.
             state: numbers, text, lists and dicts.
+            pinned: the step of a checkpoint that stays however old it is, such as the best one.
 
         Raises:
             OSError: a full disk, an unwritable folder. Earlier checkpoints are untouched.
         """
-        target = self.folder / f"{_WHOLE}{step:010d}"
+        target = self.path_of(step)
         aside = self.folder / f"{_UNFINISHED}{step:010d}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,13 +119,16 @@ class CheckpointStore:
                 + "Free some space, or choose a folder that can be written to."
             ) from error
         for old in self.paths()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if pinned is None or old != self.path_of(pinned):
+                shutil.rmtree(old, ignore_errors=True)
         return target
 
-    def try_save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> bool:
+    def try_save(
+        self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], pinned: int | None = None
+    ) -> bool:
         """`save`, where a failure is an error in the log and training goes on; whether it was written."""
         try:
-            self.save(step, tensors, state)
+            self.save(step, tensors, state, pinned)
         except OSError as error:
             logger.error(f"{error} Training goes on.")
             return False

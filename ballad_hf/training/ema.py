@@ -46,6 +46,13 @@ class WeightAverage:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.averages, [parameter.detach() for parameter in self.parameters], 1 - decay)
 
+    @torch.no_grad()
+    def restart(self, steps: int) -> None:
+        """Take the weights as they are for the averages after so many steps."""
+        self.steps = steps
+        for parameter, average in zip(self.parameters, self.averages, strict=True):
+            average.copy_(parameter)
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """While entered, the parameters hold the averages."""

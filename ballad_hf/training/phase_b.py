@@ -101,7 +101,7 @@ def train_phase_b(
     >>> model = BalladForImageClassification.from_dual_encoder(clip, ["cat", "dog"], tokenizer)
     >>> labels = torch.tensor([0] * 30 + [1] * 6)
     >>> features = torch.nn.functional.one_hot(labels, 32) + 0.1
-    >>> table = FeatureTable(features, labels, model.class_embeds, logit_scale=float(model.logit_scale))
+    >>> table = FeatureTable(features, labels, model.class_embeds, logit_scale=model.logit_scale.item())
     >>> result = train_phase_b(model, table, PhaseBArguments(epochs=3, batch_size=12), validation=table)
     >>> result.steps, len(result.history), result.validation["mean_class"]
     (9, 4, 1.0)
@@ -115,7 +115,7 @@ def train_phase_b(
     table = kept_close(table, device)
     start = adapter_start(arguments.adapter_start, model.adapter.linear.weight, seed).to(device)
     stack = AdapterStack.start(
-        start[None], [model.config.adapter_ratio], [arguments.learning_rate], [float(model.logit_scale)]
+        start[None], [model.config.adapter_ratio], [arguments.learning_rate], [model.logit_scale.item()]
     )
     batches = TableBatches(table, row_order(table, arguments, seed), arguments.batch_size)
     loss = build_classification_loss(arguments.loss, table.class_counts, label_smoothing=arguments.label_smoothing).to(

@@ -1,0 +1,290 @@
+"""Everything a run of phase A needs before its first step, from what it was told."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..data.prompts import ClassPrompts
+from .arguments import PhaseAArguments
+from .cached_gradients import Objective, StepGradients
+from .ema import WeightAverage
+from .lora import LowRankUpdates
+from .losses import build_classification_loss
+from .optimization import build_optimizer, freeze_the_rest, tower_of
+from .towers import ClassTexts, TrainableTowers
+from .validation import Validator, encode_classes
+
+
+if TYPE_CHECKING:
+    from ..data.splits import Splits
+    from ..models.modeling_ballad import BalladForImageClassification
+
+logger = logging.get_logger(__name__)
+
+# A prompt of ten tokens needs a small part of the memory of a picture of 200 patches.
+_PROMPTS_FOR_A_PICTURE = 8
+
+
+@dataclass
+class PhaseASetup:
+    """A run of phase A that is ready for its first step.
+
+    Args:
+        clip: the dual encoder that is trained: the model's own, or a copy where it is sharded.
+        towers: the same as the accelerator prepared it.
+        optimizer: prepared too.
+        loader: this process's batches.
+        sampler: the global order of rows.
+        labels: (rows,) of the training part.
+        gradients: adds up a step's gradients.
+        validator: `None` without a validation part.
+        low_rank: the LoRA updates, or `None`.
+        average: the EMA of the weights, or `None`.
+        steps_per_epoch: global batches of an epoch.
+        total_steps: of the whole training.
+        highest_log_scale: where the logarithm of the logit scale is held.
+    """
+
+    clip: PreTrainedModel
+    towers: nn.Module
+    optimizer: Any
+    loader: DataLoader
+    sampler: Any
+    labels: np.ndarray
+    gradients: StepGradients
+    validator: Validator | None
+    low_rank: LowRankUpdates | None
+    average: WeightAverage | None
+    steps_per_epoch: int
+    total_steps: int
+    highest_log_scale: float
+
+    @property
+    def plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without accelerate's cover."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    @torch.no_grad()
+    def keep_scale_in_range(self) -> None:
+        """Keep the trained scale at 100 or below, as CLIP's own training does (Radford et al., 2021, section 2.5)."""
+        scale = self.clip.logit_scale
+        if scale.requires_grad:
+            scale.clamp_(max=self.highest_log_scale)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.towers.parameters() if parameter.requires_grad]
+
+
+def set_up_phase_a(
+    model: BalladForImageClassification,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: Any,
+    arguments: PhaseAArguments,
+    accelerator: Accelerator,
+    seed: int,
+    num_workers: int,
+    eval_batch_size: int,
+) -> PhaseASetup:
+    """Freeze, wrap, group and shard.
+
+    Raises:
+        ValueError: a batch size that the processes can't share, an epoch shorter than a batch, nothing to train.
+    """
+    clip = copy.deepcopy(model.clip) if accelerator.distributed_type == DistributedType.FSDP else model.clip
+    clip.to(accelerator.device)
+    low_rank = _choose_what_is_trained(clip, arguments, model.config.logit_scale)
+    if arguments.activation_checkpointing:
+        clip.activation_checkpointing_enable()
+    if arguments.torch_compile:
+        compile_towers(clip)
+    sampler = build_sampler(splits.train.labels, arguments, accelerator.num_processes, seed)
+    loader = _loader(splits.train, sampler, image_processor, arguments, accelerator, seed, num_workers)
+    optimizer = build_optimizer(clip, arguments)
+    towers, optimizer = accelerator.prepare(TrainableTowers(clip, model.config.logit_scale), optimizer)
+
+    prompts = ClassPrompts(splits.class_names, model.config.templates, tokenizer, clip.config)
+    texts = ClassTexts(
+        prompts,
+        accelerator.process_index,
+        accelerator.num_processes,
+        None if arguments.micro_batch_size is None else _PROMPTS_FOR_A_PICTURE * arguments.micro_batch_size,
+        accelerator.device,
+    )
+    towers.eval()
+    frozen_embeds = None
+    with accelerator.autocast():
+        if not _takes_gradients(clip, "text"):
+            frozen_embeds = encode_classes(towers, texts)
+        elif arguments.train == "projections":
+            texts.keep_pooled(clip)
+    gradients = StepGradients(
+        towers,
+        None if frozen_embeds is not None else texts,
+        build_objective(arguments, splits.class_counts, model.logit_scale.item()),
+        accelerator,
+        templates=prompts.templates,
+        num_classes=len(prompts),
+        micro_batch_size=arguments.micro_batch_size,
+        frozen_embeds=frozen_embeds,
+        image_is_trained=_takes_gradients(clip, "image"),
+    )
+    steps_per_epoch = len(sampler) // arguments.batch_size
+    total_steps = arguments.epochs * steps_per_epoch
+    setup = PhaseASetup(
+        clip=clip,
+        towers=towers,
+        optimizer=optimizer,
+        loader=loader,
+        sampler=sampler,
+        labels=np.asarray(splits.train.labels),
+        gradients=gradients,
+        validator=_validator(splits, image_processor, texts, frozen_embeds, accelerator, eval_batch_size, num_workers),
+        low_rank=low_rank,
+        average=None,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=min(total_steps, arguments.max_steps or total_steps),
+        highest_log_scale=max(math.log(100), clip.logit_scale.item()),
+    )
+    if arguments.ema_decay is not None:
+        setup.average = WeightAverage(setup.trained, arguments.ema_decay)
+    return setup
+
+
+def build_objective(arguments: PhaseAArguments, class_counts: np.ndarray, logit_scale: float) -> Objective:
+    """The loss that the arguments name. LDAM's margins are on the scale that the cosines start with."""
+    if arguments.loss == "contrastive":
+        return Objective()
+    name = "cross_entropy" if arguments.loss == "class_prompt" else arguments.loss
+    return Objective(
+        build_classification_loss(
+            name,
+            torch.as_tensor(np.asarray(class_counts)),
+            label_smoothing=arguments.label_smoothing,
+            ldam_scale=logit_scale,
+        )
+    )
+
+
+def build_sampler(labels: np.ndarray, arguments: PhaseAArguments, processes: int, seed: int) -> Any:
+    """The sampler that the arguments name, over whole global batches.
+
+    Raises:
+        ValueError: a batch size that the processes can't share evenly, or larger than an epoch.
+    """
+    from ..data import samplers
+
+    if arguments.batch_size % processes:
+        raise ValueError(
+            f"batch_size is {arguments.batch_size}, which {processes} processes can't share evenly: choose a multiple "
+            f"of {processes}, such as {max(1, arguments.batch_size // processes) * processes}."
+        )
+    common = {"multiple_of": arguments.batch_size, "seed": seed}
+    if arguments.sampler == "instance":
+        return samplers.InstanceSampler(labels, **common)
+    if arguments.sampler == "class_aware":
+        largest = int(np.unique(labels, return_counts=True)[1].max())
+        return samplers.ClassAwareSampler(labels, min(4, largest), **common)
+    if arguments.sampler == "power":
+        return samplers.PowerSampler(labels, 0.5, **common)
+    return samplers.ProgressivelyBalancedSampler(labels, max(1, arguments.epochs), **common)
+
+
+def set_training_mode(setup: PhaseASetup, arguments: PhaseAArguments) -> None:
+    """Training mode for what is trained: dropout stays off in a frozen tower, and statistics stay where told."""
+    setup.towers.train()
+    for tower in ("image", "text"):
+        if not _takes_gradients(setup.clip, tower):
+            for name, module in setup.clip.named_children():
+                if tower_of(f"{name}.") == tower:
+                    module.eval()
+    for module in setup.clip.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(arguments.batch_norm == "train" and module.weight.requires_grad)
+
+
+def compile_towers(clip: PreTrainedModel) -> None:
+    """Compile both towers in place. Prompts differ in number and length from batch to batch, so theirs is dynamic."""
+    clip.vision_model.compile()
+    clip.text_model.compile(dynamic=True)
+
+
+def make_plain(clip: PreTrainedModel, arguments: PhaseAArguments) -> None:
+    """Take back what training put on the dual encoder, weights aside."""
+    if arguments.activation_checkpointing:
+        clip.activation_checkpointing_disable()
+    if arguments.torch_compile:
+        for tower in (clip.vision_model, clip.text_model):
+            tower._compiled_call_impl = None
+    clip.requires_grad_(True)
+    clip.eval()
+
+
+def _choose_what_is_trained(
+    clip: PreTrainedModel, arguments: PhaseAArguments, fixed_logit_scale: float | None
+) -> LowRankUpdates | None:
+    train_logit_scale = arguments.train_logit_scale and fixed_logit_scale is None
+    if not arguments.lora_rank:
+        freeze_the_rest(clip, arguments.train, train_logit_scale)
+        return None
+    assert arguments.train != "projections"  # refused by PhaseAArguments
+    low_rank = LowRankUpdates(clip, arguments.train, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout)
+    clip.logit_scale.requires_grad_(train_logit_scale)
+    return low_rank
+
+
+def _takes_gradients(clip: nn.Module, tower: str) -> bool:
+    return any(parameter.requires_grad for name, parameter in clip.named_parameters() if tower_of(name) == tower)
+
+
+def _loader(split, sampler, image_processor, arguments, accelerator: Accelerator, seed: int, num_workers: int):
+    from ..data.loaders import train_loader
+    from ..data.transforms import train_transform
+
+    transform = train_transform(
+        image_processor,
+        scale=(arguments.crop_scale, 1.0),
+        horizontal_flip=arguments.horizontal_flip,
+        color_jitter=arguments.color_jitter,
+    )
+    loader = train_loader(
+        split.with_transform(transform),
+        sampler,
+        arguments.batch_size // accelerator.num_processes,
+        num_workers=num_workers,
+        seed=seed,
+    )
+    # Whole batches in turn, whatever the accelerator was told of splitting; labels and indices stay on the CPU.
+    return prepare_data_loader(
+        loader, num_processes=accelerator.num_processes, process_index=accelerator.process_index, rng_types=[]
+    )
+
+
+def _validator(splits, image_processor, texts, frozen_embeds, accelerator, batch_size: int, num_workers: int):
+    if splits.validation is None:
+        return None
+    from ..data.transforms import evaluation_transform
+
+    return Validator(
+        splits.validation.with_transform(evaluation_transform(image_processor)),
+        texts,
+        splits.class_counts,
+        accelerator,
+        frozen_embeds,
+        batch_size,
+        num_workers,
+    )
