@@ -23,6 +23,21 @@ _RUNNING_NUMBER = re.compile(r"^\d{2,}\.(?=\w)")
 _BRACKETS = str.maketrans("[]{}_", "()() ")
 
 
+class CollidingNamesError(ValueError):
+    """Classes that have the same name.
+
+    Args:
+        message: which, and what to do.
+        names: all names, in label order.
+        clashes: name -> labels.
+    """
+
+    def __init__(self, message: str, names: Sequence[str] = (), clashes: dict[str, list[int]] | None = None):
+        super().__init__(message)
+        self.names = list(names)
+        self.clashes = clashes or {}
+
+
 def clean_class_name(name: str) -> str:
     """One class name for a prompt.
 
@@ -75,9 +90,11 @@ def shown_class_names(raw: Sequence[str], override: ClassNames | None = None) ->
             f"{name!r} for {' and '.join(repr(str(raw[place])) for place in places)}"
             for name, places in list(clashes.items())[:10]
         )
-        raise ValueError(
+        raise CollidingNamesError(
             f"{len(clashes)} names stand for more than one class: {examples}. A prompt can't tell them apart: give "
-            "class_names that can, for example a mapping with a word in brackets for each of them."
+            "class_names that can, for example a mapping with a word in brackets for each of them.",
+            names,
+            clashes,
         )
     return names
 
