@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,22 @@ _DTYPE_OF_STORAGE = {
     "LongStorage": torch.int64,
     "ShortStorage": torch.int16,
 }
+
+# What the readers raise on a file that is cut short or is something else.
+_BROKEN = (
+    SafetensorError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    ValueError,  # of what is read below, and of text that is no UTF-8
+    RuntimeError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ArithmeticError,
+    MemoryError,  # a length in the file that is no length
+)
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -59,7 +77,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         if zipfile.is_zipfile(path) and _is_torchscript(path):
             return read_torchscript(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError, AttributeError) as error:
+    except _BROKEN as error:
         raise ValueError(f"{path} is no checkpoint that can be read, or a truncated one: {error}") from error
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]

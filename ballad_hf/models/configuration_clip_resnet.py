@@ -44,7 +44,7 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
         freeze_batch_norm: keep the running means and variances of the checkpoint in training mode too. Their weights
             and biases train either way. Fine-tuning sees small, imbalanced batches, whose statistics are poor.
         initializer_range: standard deviation for weights that have no rule of their own.
-        initializer_factor: multiplies the standard deviations of the initial weights.
+        initializer_factor: multiplies the standard deviations of the attention pool's initial weights.
 
     Example:
 
@@ -95,7 +95,8 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
                 f"image_size is {self.image_size}: the tower halves the picture five times, "
                 f"so it must be a multiple of {DOWNSAMPLING}."
             )
-        if self.num_attention_heads is not None and self.hidden_size % self.num_attention_heads:
+        heads = self.num_attention_heads
+        if heads is not None and (heads < 1 or self.hidden_size % heads):
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, which does not divide the {self.hidden_size} "
                 "channels (32 * width) of the last stage."

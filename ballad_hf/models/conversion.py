@@ -24,6 +24,7 @@ from transformers.utils import logging
 from .checkpoint_files import read_checkpoint
 from .dual_encoders import (
     clip_image_processor,
+    hub_arguments,
     load_dual_encoder,
     load_image_processor,
     load_openai_clip,
@@ -95,7 +96,7 @@ def convert_open_clip(
         FileNotFoundError, FileExistsError: no such model; a folder with something in it.
         ValueError: a tower or an option that transformers' CLIP does not have; weights that don't fit.
     """
-    hub = {name: value for name, value in kwargs.items() if name != "dtype"}
+    hub = hub_arguments(kwargs)
     with whole_folder(output_dir) as folder:
         clip = load_dual_encoder(name_or_path, **kwargs)
         image_processor = load_image_processor(name_or_path, clip.config, **hub)
@@ -167,9 +168,7 @@ def convert_to_clip(ballad: str | os.PathLike, output_dir: str | os.PathLike, **
     """
     with whole_folder(output_dir) as folder:
         folded = BalladForImageClassification.from_pretrained(ballad, **kwargs).fold_adapter()
-        if folded.config.model_type == "clip_resnet":
-            _carry_code(folded)
-        _save(folder, folded, *_what_feeds(ballad))
+        _save(folder, folded, *_what_feeds(ballad, (AutoTokenizer, AutoImageProcessor), kwargs))
     return Path(output_dir)
 
 
@@ -185,8 +184,7 @@ def convert_to_vision_only(ballad: str | os.PathLike, output_dir: str | os.PathL
         model = BalladForImageClassification.from_pretrained(ballad, **kwargs)
         before = sum(tensor.nbytes for tensor in model.state_dict().values())
         removed = model.remove_text_tower()
-        tokenizer, image_processor = _what_feeds(ballad)
-        _save(folder, model, None, image_processor)
+        _save(folder, model, *_what_feeds(ballad, (AutoImageProcessor,), kwargs))
         logger.info(
             f"The weights take {(before - removed) / 1e6:.1f} MB without the text tower, {before / 1e6:.1f} MB with."
         )
@@ -246,29 +244,25 @@ def _tokenizer_for(
     return load_tokenizer(checkpoint if tokenizer is None else tokenizer, clip.config, **(hub or {}))
 
 
-def _what_feeds(ballad: str | os.PathLike) -> list[Any]:
-    """The tokenizer and the image processor of a saved model, as far as they are there."""
+def _what_feeds(ballad: str | os.PathLike, loaders: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The tokenizer or the image processor of a saved model, as far as they are there."""
     found = []
-    for loader in (AutoTokenizer, AutoImageProcessor):
+    for loader in loaders:
         try:
-            found.append(loader.from_pretrained(ballad))
+            found.append(loader.from_pretrained(ballad, **hub_arguments(kwargs)))
         except (OSError, ValueError) as error:
-            logger.warning(f"{ballad} has no {loader.__name__.removeprefix('Auto').lower()} to take along: {error}")
-            found.append(None)
+            logger.warning(f"{ballad} has nothing for {loader.__name__} to take along: {error}")
     return found
-
-
-def _carry_code(model: PreTrainedModel) -> None:
-    """Have the next save write the model's code beside its weights."""
-    # On the instances: on the classes it would change every later save of the process.
-    model._auto_class = "AutoModelForZeroShotImageClassification"
-    model.config._auto_class = "AutoConfig"
 
 
 def _save(folder: Path, *parts: Any) -> None:
     for part in parts:
         if part is not None:
             part.save_pretrained(folder)
+
+
+def _megabytes(folder: str | os.PathLike) -> str:
+    return f"{sum(file.stat().st_size for file in Path(folder).rglob('*') if file.is_file()) / 1e6:.1f} MB"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -280,15 +274,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options["class_names"] = Path(options["class_names"]).read_text(encoding="utf-8").splitlines()
     if options.pop("no_tokenizer", False):
         options["tokenizer"] = False
-    logging.set_verbosity_info()
     logging.disable_progress_bar()
     try:
         folder = convert(**{name: value for name, value in options.items() if value is not None})
     except (ValueError, OSError) as error:
         sys.stderr.write(f"ballad-convert: error: {error}\n")
         return 1
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    sys.stdout.write(f"{folder}: {size / 1e6:.1f} MB\n")
+    source = options.get("ballad")
+    before = f" (from {_megabytes(source)})" if source is not None and Path(source).is_dir() else ""
+    sys.stdout.write(f"{folder}: {_megabytes(folder)}{before}\n")
     return 0
 
 

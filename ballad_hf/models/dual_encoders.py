@@ -6,7 +6,7 @@ import gzip
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,10 @@ def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedMo
     path = Path(name_or_path)
     if path.is_file():
         return load_openai_clip(path, **kwargs)
-    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    if _is_transformers(name_or_path, hub):
-        return _load_transformers(name_or_path, **kwargs)
+    hub = hub_arguments(kwargs)
+    model_type = _model_type(name_or_path, hub)
+    if model_type is not None:
+        return _load_transformers(name_or_path, model_type, **kwargs)
     open_clip_config = _find(name_or_path, CONFIG_FILE, hub)
     if open_clip_config is None:
         raise FileNotFoundError(
@@ -78,17 +79,22 @@ def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedMo
     return _load_open_clip(name_or_path, open_clip_config, hub, kwargs)
 
 
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that find a file, which a tokenizer and an image processor take too."""
+    return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+
+
 def load_openai_clip(
     checkpoint: str | os.PathLike,
     text_attention_heads: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> PreTrainedModel:
     """A CLIP model from a file in OpenAI's layout; the architecture follows from the shapes.
 
     Args:
         checkpoint: a TorchScript archive as OpenAI published it, or a state dict.
         text_attention_heads: default: heads of width 64, as in every released model.
-        dtype: of the weights.
+        dtype: of the weights, as itself or by name. OpenAI's are stored in half precision.
     """
     content = read_checkpoint(checkpoint)
     if "visual_model" in content or "state_dict_best" in content:
@@ -98,7 +104,7 @@ def load_openai_clip(
         )
     state = content.get("state_dict", content)  # open_clip's training wraps the weights
     state = strip_data_parallel({name: value for name, value in state.items() if isinstance(value, torch.Tensor)})
-    model = model_from_state(state, infer_config(state, text_attention_heads), str(checkpoint), dtype)
+    model = model_from_state(state, infer_config(state, text_attention_heads), str(checkpoint), _as_dtype(dtype))
     model.config.name_or_path = str(checkpoint)
     return model
 
@@ -121,6 +127,8 @@ def load_tokenizer(
     vocab_size = clip_config.text_config.vocab_size
     if isinstance(source, PreTrainedTokenizerBase):
         return _fitting(source, vocab_size)
+    if not str(source):
+        raise ValueError("This model does not know where it came from, and so no tokenizer: pass tokenizer=.")
     path = Path(source)
     if path.is_file() and path.name.endswith((".txt", ".txt.gz")):
         return _fitting(_tokenizer_from_merges(path, vocab_size), vocab_size)
@@ -151,7 +159,7 @@ def load_image_processor(name_or_path: str | os.PathLike, clip_config: PreTraine
     size = clip_config.vision_config.image_size
     if Path(name_or_path).is_file():
         return clip_image_processor(size)
-    open_clip_config = None if _is_transformers(name_or_path, hub) else _find(name_or_path, CONFIG_FILE, hub)
+    open_clip_config = _find(name_or_path, CONFIG_FILE, hub) if _model_type(name_or_path, hub) is None else None
     if open_clip_config is None:
         return AutoImageProcessor.from_pretrained(name_or_path, **hub)
     preprocess_cfg = _read_json(open_clip_config).get("preprocess_cfg") or {}
@@ -207,15 +215,15 @@ def check_interface(clip: PreTrainedModel) -> None:
         )
 
 
-def _load_transformers(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+def _load_transformers(name_or_path: str | os.PathLike, model_type: str, **kwargs) -> PreTrainedModel:
+    if model_type == "ballad":
+        raise ValueError(
+            f"{name_or_path} is a Ballad already: load it with BalladForImageClassification.from_pretrained."
+        )
     try:
         clip, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     except SafetensorError as error:
         raise ValueError(f"The weights in {name_or_path} are no safetensors file, or truncated: {error}") from error
-    if clip.config.model_type == "ballad":
-        raise ValueError(
-            f"{name_or_path} is a Ballad already: load it with BalladForImageClassification.from_pretrained."
-        )
     check_interface(clip)
     if info["missing_keys"]:
         raise ValueError(
@@ -235,15 +243,23 @@ def _load_open_clip(name_or_path, config_file: str, hub: dict, kwargs: dict) -> 
         raise FileNotFoundError(f"{name_or_path} has an {CONFIG_FILE}, but none of {', '.join(WEIGHT_FILES)}.")
     config = config_from_open_clip(_read_json(config_file).get("model_cfg") or {})
     state = to_openai_names(read_checkpoint(weights))
-    model = model_from_state(state, config, str(name_or_path), kwargs.get("dtype", torch.float32))
+    model = model_from_state(state, config, str(name_or_path), _as_dtype(kwargs.get("dtype", torch.float32)))
     model.config.name_or_path = str(name_or_path)
     return model
 
 
-def _is_transformers(name_or_path: str | os.PathLike, hub: dict) -> bool:
-    # timm's repositories have a config.json of their own beside open_clip's.
+def _model_type(name_or_path: str | os.PathLike, hub: dict) -> str | None:
+    """What transformers calls the model, or `None` where it is none of theirs."""
+    # timm's repositories have a config.json of their own, without it, beside open_clip's.
     config = _find(name_or_path, "config.json", hub)
-    return config is not None and "model_type" in _read_json(config)
+    return None if config is None else _read_json(config).get("model_type")
+
+
+def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}: give float32, bfloat16 or float16 for weights of this layout.")
+    return found
 
 
 def _find(name_or_path: str | os.PathLike, filename: str, hub: dict) -> str | None:
@@ -267,7 +283,7 @@ def _read_json(path: str) -> dict:
 def _lacks_tokenizer(name_or_path: str | os.PathLike, hub: dict) -> bool:
     """Whether this is an open_clip repository without tokenizer files, as some hold the weights alone."""
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-    return not _is_transformers(name_or_path, hub) and not any(_find(name_or_path, name, hub) for name in files)
+    return _model_type(name_or_path, hub) is None and not any(_find(name_or_path, name, hub) for name in files)
 
 
 def _fitting(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> PreTrainedTokenizerBase:

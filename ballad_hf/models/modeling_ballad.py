@@ -227,12 +227,11 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
             FileNotFoundError: there is no such checkpoint.
             ValueError: it is no checkpoint, lacks weights, or is no dual encoder.
         """
-        from .dual_encoders import load_dual_encoder, load_tokenizer
+        from .dual_encoders import hub_arguments, load_dual_encoder, load_tokenizer
 
         clip = load_dual_encoder(pretrained_model_name_or_path, **kwargs)
         if class_names is not None and tokenizer is None:
-            hub = {name: kwargs[name] for name in ("cache_dir", "revision", "token") if name in kwargs}
-            tokenizer = load_tokenizer(pretrained_model_name_or_path, clip.config, **hub)
+            tokenizer = load_tokenizer(pretrained_model_name_or_path, clip.config, **hub_arguments(kwargs))
         return cls.from_dual_encoder(
             clip,
             class_names=class_names,
@@ -262,9 +261,9 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
         if names is None:
             return model
         if tokenizer is None:
-            from transformers import AutoTokenizer
+            from .dual_encoders import load_tokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(clip.config.name_or_path)
+            tokenizer = load_tokenizer(clip.config.name_or_path, clip.config)
         model.set_class_names(names, tokenizer)
         return model
 

@@ -56,6 +56,7 @@ class CLIPResNetBottleneck(GradientCheckpointingLayer):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, channels * EXPANSION, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels * EXPANSION)
+        self.bn3.initial_weight = 0.0  # type: ignore[assignment]  # every block starts as its shortcut
         self.shortcut_conv: nn.Conv2d | None = None
         self.shortcut_bn: nn.BatchNorm2d | None = None
         if stride > 1 or in_channels != channels * EXPANSION:
@@ -87,6 +88,8 @@ class CLIPResNetAttentionPool(nn.Module):
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
+        for module in (self.position_embedding, self.q_proj, self.k_proj, self.v_proj):
+            module.initial_std = config.initializer_factor * width**-0.5
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
         cells = feature_map.flatten(2).transpose(1, 2)  # (batch, cells, channels)
@@ -118,15 +121,13 @@ class CLIPResNetPreTrainedModel(CLIPPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
+        # By leaf modules: outside transformers, modules without a parameter of their own are passed over.
         if isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # torch's own start, as in the original
-        elif isinstance(module, CLIPResNetBottleneck):
-            init.zeros_(module.bn3.weight)  # every block starts as its shortcut
-        elif isinstance(module, CLIPResNetAttentionPool):
-            std = module.q_proj.in_features**-0.5
-            for linear in (module.q_proj, module.k_proj, module.v_proj):
-                init.normal_(linear.weight, std=std)
-            init.normal_(module.position_embedding.weight, std=std)
+        elif isinstance(module, nn.BatchNorm2d):
+            init.constant_(module.weight, getattr(module, "initial_weight", 1.0))
+        elif (std := getattr(module, "initial_std", None)) is not None:
+            init.normal_(module.weight, std=std)
         elif isinstance(module, CLIPResNetModel):
             init.zeros_(module.visual_projection.bias)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
