@@ -1,0 +1,144 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ballad_hf import load_splits
+from ballad_hf.data.audit import audit_splits, doubtful_names, main, save_class_distribution
+
+
+def photo(seed, size=(40, 30)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def beasts(tmp_path):
+    """Three classes in three parts, with one of each mistake in it."""
+    folder = tmp_path / "beasts"
+    counts = {
+        "train": {"fox": 6, "red_fox": 3, "owl": 2},
+        "val": {"fox": 2, "owl": 1},
+        "test": {"fox": 2, "red_fox": 2},
+    }
+    seed = 0
+    for part, classes in counts.items():
+        for name, count in classes.items():
+            (folder / part / name).mkdir(parents=True)
+            for index in range(count):
+                photo(seed).save(folder / part / name / f"{index}.png")
+                seed += 1
+    # A test picture that was learnt from, a smaller copy with another label, a copy within a part, a damaged file.
+    photo(0).save(folder / "test" / "fox" / "0.png")
+    photo(2, (80, 60)).save(folder / "val" / "owl" / "0.png")
+    photo(7).save(folder / "train" / "red_fox" / "2.png")
+    (folder / "train" / "fox" / "5.png").write_bytes(b"<html>")
+    return folder
+
+
+def test_every_mistake_is_found(beasts):
+    audit = audit_splits(load_splits(beasts))
+    train, validation, test = audit.parts["train"], audit.parts["validation"], audit.parts["test"]
+    assert audit.class_names == ["fox", "owl", "red fox"]
+    assert (train.pictures, train.class_counts) == (11, [6, 2, 3])
+    assert (train.largest, train.smallest, train.imbalance_factor) == (6, 2, 3.0)
+    assert train.empty_classes == []
+    assert validation.empty_classes == ["red fox"]
+    assert test.empty_classes == ["owl"]
+    assert audit.shot_groups == {"few": ["fox", "owl", "red fox"]}
+    assert len(train.unreadable) == 1
+    assert "fox/5.png can't be read" in train.unreadable[0]
+    assert validation.sizes["width"] == [40, 40, 40, 76, 80]
+    found = {
+        (pair.kind, pair.first_part, pair.first, pair.second_part, pair.second, pair.same_label)
+        for pair in audit.duplicates
+    }
+    assert found == {
+        ("exact", "train", "fox/0.png", "test", "fox/0.png", True),
+        ("exact", "train", "red_fox/1.png", "train", "red_fox/2.png", True),
+        ("near", "train", "fox/2.png", "validation", "owl/0.png", False),
+    }
+    assert len(audit.leaks()) == 2
+    assert audit.doubtful_names == {"fox": "part of 'red fox'"}
+
+
+def test_the_text_says_it_all(beasts):
+    text = audit_splits(load_splits(beasts)).to_text()
+    for part in (
+        "beasts: 3 classes",
+        "Training pictures a class: 6 to 2, imbalance 3.0",
+        "few-shot: 3 classes",
+        "Classes without a validation picture: 1\n  red fox",
+        "Unreadable pictures in the train part: 1",
+        "LEAKS: pictures that are in two parts: 2",
+        "fox/0.png (test) is fox/0.png (train)",
+        "owl/0.png (validation) is nearly fox/2.png (train), with ANOTHER LABEL",
+        "Pictures that come twice in a part: 1",
+        "Doubtful class names: 1\n  fox: part of 'red fox'",
+    ):
+        assert part in text
+    assert "many-shot" not in text
+
+
+def test_clean_data_has_no_findings():
+    splits = load_splits("digits")
+    audit = audit_splits(splits)
+    assert "No picture comes twice" in audit.to_text()
+    assert audit.shot_groups["many"] == ["zero"]
+    assert audit.doubtful_names == {}
+    assert audit.colliding_names == {}
+
+
+def test_the_command_writes_text_json_and_a_picture(beasts, tmp_path):
+    (beasts / "train" / "Red fox").mkdir()
+    photo(99).save(beasts / "train" / "Red fox" / "0.png")
+    output = tmp_path / "out" / "audit"
+    command = [sys.executable, "-m", "ballad_hf.data.audit", str(beasts), "--output_dir", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    # Training would refuse two classes of one name; an audit tells the rest too.
+    assert "Names that several classes have (give class_names): 1" in result.stdout
+    assert "LEAKS" in result.stdout
+    assert result.stdout.startswith((output / "audit.txt").read_text()[:500])
+    told = json.loads((output / "audit.json").read_text())
+    assert told["colliding_names"] == {"Red fox": [0, 3]}
+    assert told["parts"]["train"]["class_counts"] == [1, 6, 2, 3]
+    with Image.open(output / "class_distribution.png") as picture:
+        assert picture.size == (960, 480)
+
+
+def test_the_command_passes_its_options_on(tmp_path, capsys):
+    main(["digits", "--imbalance_factor", "10", "--profile", "step", "--seed", "3", "--output_dir", str(tmp_path)])
+    told = json.loads((tmp_path / "audit.json").read_text())
+    expected = load_splits("digits", imbalance_factor=10, profile="step", seed=3).class_counts.tolist()
+    assert told["parts"]["train"]["class_counts"] == expected
+    assert f"Written to {tmp_path}" in capsys.readouterr().out
+
+
+def test_an_unknown_data_set_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        main([str(tmp_path / "nowhere")])
+
+
+def test_doubtful_names_by_hand():
+    names = ["bow", "bow tie", "T-shirt", "t shirts", "X", "7", "n02", "Zürich", "tie", "great white shark", "whites"]
+    assert doubtful_names(names) == {
+        "bow": "part of 'bow tie'",
+        "T-shirt": "hardly differs from 't shirts'",
+        "t shirts": "hardly differs from 'T-shirt'",
+        "X": "no word",
+        "7": "no word",
+        "n02": "no word",
+        "tie": "part of 'bow tie'",
+    }
+
+
+def test_the_picture_shows_every_class(tmp_path):
+    save_class_distribution(audit_splits(load_splits("digits")), tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    # Matplotlib's blue, orange and red: digits have classes in all three groups.
+    assert {(31, 119, 180), (255, 127, 14), (214, 39, 40)} <= colours
