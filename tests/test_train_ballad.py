@@ -1,0 +1,113 @@
+"""The example script, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from transformers import pipeline
+
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--phase_a_epochs", "1", "--phase_b_epochs", "1", "--phase_b_views", "1"]
+
+
+def launch(*options: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "examples" / "train_ballad.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([*command, *options], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    return folder, launch(*QUICK, "--output_dir", "run", cwd=folder)
+
+
+def test_the_built_in_run_prints_the_table_and_how_to_use_the_result(digits_run):
+    folder, result = digits_run
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    rows = [line.split()[0] + " " + line.split()[1] for line in lines if line.strip().startswith(("before", "phase"))]
+    assert rows == ["before training", "phase A", "phase B"]
+    for column in ("overall", "mean-class", "many", "medium", "few", "worst class"):
+        assert column in result.stdout
+    assert "from transformers import pipeline" in result.stdout
+    assert "run" in result.stdout
+
+
+def test_the_run_says_beside_the_result_what_it_was_told(digits_run):
+    folder, _ = digits_run
+    arguments = yaml.safe_load((folder / "run" / "arguments.yaml").read_text())
+    assert arguments["dataset"] == "digits"
+    assert arguments["phase_a_epochs"] == 1
+    assert arguments["seed"] == 0
+    record = json.loads((folder / "run" / "training_arguments.json").read_text())
+    assert "torch" in json.dumps(record)
+    metrics = json.loads((folder / "run" / "metrics.json").read_text())
+    assert 0 <= metrics["phase B"]["overall"] <= 1
+
+
+def test_both_stock_pipelines_load_the_folder_without_a_warning(digits_run, caplog, recwarn):
+    folder, _ = digits_run
+    picture = Image.new("RGB", (40, 30), "white")
+    classified = pipeline("image-classification", model=str(folder / "run"))(picture)
+    assert {answer["label"] for answer in classified} <= {"zero", "one", "two", "three", "four", "five"} | {
+        "six",
+        "seven",
+        "eight",
+        "nine",
+    }
+    zero_shot = pipeline("zero-shot-image-classification", model=str(folder / "run"))
+    answers = zero_shot(picture, candidate_labels=["seven", "cat"], hypothesis_template="a photo of a {}.")
+    assert sum(answer["score"] for answer in answers) == pytest.approx(1)
+    assert [record.message for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_folder_with_another_run_is_refused_before_training(digits_run):
+    folder, _ = digits_run
+    result = launch(*QUICK, "--output_dir", "run", cwd=folder)
+    assert result.returncode != 0
+    assert "holds another run" in result.stderr
+    assert "--overwrite_output_dir" in result.stderr
+    assert "before training" not in result.stdout
+
+
+@pytest.fixture
+def picture_folder(tmp_path):
+    """Three classes, 12, 6 and 4 pictures, without ready splits; the names need cleaning."""
+    generator = np.random.default_rng(0)
+    for name, count, shade in (("red_fox", 12, 0), ("owl", 6, 120), ("zebra", 4, 200)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = generator.integers(shade, shade + 50, (40, 36, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{index}.png")
+    return tmp_path / "pictures"
+
+
+def test_a_users_own_pictures_and_checkpoint(picture_folder, clip_folder, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(yaml.safe_dump({"dataset": str(picture_folder), "phase_a_batch_size": 4, "seed": 3}))
+    options = [
+        "--config",
+        str(config),
+        "--model_name_or_path",
+        str(clip_folder),
+        "--output_dir",
+        "mine",
+        "--seed",
+        "4",
+    ]
+    result = launch(*QUICK, *options, "--phase_b_batch_size", "4", "--validation_fraction", "0.25", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    arguments = yaml.safe_load((tmp_path / "mine" / "arguments.yaml").read_text())
+    assert (arguments["seed"], arguments["phase_a_batch_size"]) == (4, 4)
+    labels = json.loads((tmp_path / "mine" / "config.json").read_text())["id2label"]
+    assert sorted(labels.values()) == ["owl", "red fox", "zebra"]
