@@ -25,6 +25,10 @@ from transformers.utils import logging
 
 from ..models.modeling_ballad import BalladForImageClassification
 from .layout import LAYOUT
+from .push import push_bundle
+
+
+__all__ = ["check_output_dir", "push_bundle", "run_record", "save_bundle"]
 
 
 logger = logging.get_logger(__name__)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class BundleLayout:
     card: str = "README.md"
     metrics: str = "metrics.json"
     arguments: str = "training_arguments.json"
+    recipe: str = "arguments.yaml"  # what `--config` of the training example reads
+    predictions: str = "predictions"
     plots: str = "plots"
     report: str = "report.html"
 
@@ -45,6 +50,9 @@ class BundleLayout:
             self.card,
             self.metrics,
             self.arguments,
+            self.recipe,
+            f"{self.predictions}*.safetensors",
+            f"{self.predictions}/*.safetensors",
             "per_class*.csv",
             ".eval_results/*.yaml",
             f"{self.plots}/*",
@@ -62,3 +70,55 @@ class BundleLayout:
 
 
 LAYOUT = BundleLayout()
+
+
+def check_bundle(folder: str | Path) -> None:
+    """Refuse a folder that is no whole bundle, with the name of what is missing or damaged and the remedy.
+
+    Args:
+        folder: that `save_bundle` wrote, or that was downloaded.
+
+    Raises:
+        FileNotFoundError: no such folder; the config, the image processor, the tokenizer of a model that reads text,
+            the weights, or one of their shards is missing.
+        ValueError: one of them can't be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}: save_bundle and the training example make bundles.")
+    config = _read_json(folder, LAYOUT.config)
+    _read_json(folder, LAYOUT.image_processor)
+    if config.get("has_text_tower", True):
+        _read_json(folder, LAYOUT.tokenizer_config)
+    shards = [LAYOUT.weights]
+    if not (folder / LAYOUT.weights).is_file() and (folder / LAYOUT.weights_index).is_file():
+        shards = sorted(set(_read_json(folder, LAYOUT.weights_index)["weight_map"].values()))
+    for name in shards:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(_missing(folder, name))
+        try:
+            # Opening reads the header and compares the file's length with it, not the weights.
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(_damaged(folder, name, error)) from error
+
+
+def _read_json(folder: Path, name: str) -> dict:
+    if not (folder / name).is_file():
+        raise FileNotFoundError(_missing(folder, name))
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(_damaged(folder, name, error)) from error
+
+
+def _missing(folder: Path, name: str) -> str:
+    return (
+        f"{folder} is no whole bundle, as {name} is missing: save it anew by save_bundle, or download it again "
+        "(hf download REPOSITORY --local-dir FOLDER)."
+    )
+
+
+def _damaged(folder: Path, name: str, error: Exception) -> str:
+    return f"{folder / name} is damaged ({error}): save the bundle anew, or download it again."
