@@ -270,12 +270,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = vars(parser.parse_args(arguments))
     convert = options.pop("convert")
-    if "class_names" in options and options["class_names"] is not None:
-        options["class_names"] = Path(options["class_names"]).read_text(encoding="utf-8").splitlines()
     if options.pop("no_tokenizer", False):
         options["tokenizer"] = False
     logging.disable_progress_bar()
     try:
+        if options.get("class_names") is not None:
+            options["class_names"] = Path(options["class_names"]).read_text(encoding="utf-8").splitlines()
         folder = convert(**{name: value for name, value in options.items() if value is not None})
     except (ValueError, OSError) as error:
         sys.stderr.write(f"ballad-convert: error: {error}\n")

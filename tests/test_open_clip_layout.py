@@ -1,0 +1,190 @@
+"""open_clip's folders: read exactly, or refused with every option that has no counterpart."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPModel
+
+from ballad_hf import BalladForImageClassification, CLIPResNetModel
+from ballad_hf.models.dual_encoders import load_dual_encoder, load_image_processor
+from ballad_hf.models.open_clip_layout import config_from_open_clip, image_processor_values
+
+from .reference import KINDS, assert_is_the_original, openai_state
+
+
+NUMBERS = ("input_resolution", "context_length", "vocab_size")
+TEXT = {"context_length": 77, "vocab_size": 300, "width": 64, "heads": 2, "layers": 2}
+MODEL_CFG = {
+    "vit": {
+        "embed_dim": 48,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
+        "text_cfg": TEXT,
+    },
+    "resnet": {
+        "embed_dim": 64,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 64, "layers": [1, 2, 1, 1], "width": 8, "patch_size": None},
+        "text_cfg": TEXT,
+    },
+}
+
+
+def write_open_clip_folder(folder: Path, kind: str, preprocess_cfg=None, newer: bool = False, **model_cfg) -> Path:
+    """A folder as open_clip pushes it; in its newer class the text tower's names begin with `text.`."""
+    folder.mkdir(parents=True)
+    state = {name: value for name, value in openai_state(kind).items() if name not in NUMBERS}
+    if newer:
+        outside = ("visual.", "logit_scale")
+        state = {name if name.startswith(outside) else f"text.{name}": value for name, value in state.items()}
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "open_clip_model.safetensors")
+    config = {"model_cfg": {**MODEL_CFG[kind], **model_cfg}, "preprocess_cfg": preprocess_cfg or {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("newer", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_clip_reads_the_folder_with_the_original_arithmetic(kind, newer, tmp_path):
+    folder = write_open_clip_folder(tmp_path / "model", kind, newer=newer)
+    model = BalladForImageClassification.from_clip(folder)
+    assert type(model.clip) is {"vit": CLIPModel, "resnet": CLIPResNetModel}[kind]
+    assert_is_the_original(model.clip, kind)
+
+
+def test_weights_of_torch_save_are_read_where_there_are_no_others(tmp_path):
+    folder = write_open_clip_folder(tmp_path / "model", "vit")
+    (folder / "open_clip_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"none of open_clip_model\.safetensors, open_clip_pytorch_model\.bin"):
+        load_dual_encoder(folder)
+    torch.save(openai_state("vit"), folder / "open_clip_pytorch_model.bin")
+    assert_is_the_original(load_dual_encoder(folder), "vit")
+
+
+def test_a_config_json_of_timm_beside_it_does_not_mislead(tmp_path):
+    folder = write_open_clip_folder(tmp_path / "model", "vit")
+    (folder / "config.json").write_text('{"architecture": "vit_tiny", "num_classes": 0}')
+    assert_is_the_original(load_dual_encoder(folder), "vit")
+
+
+def test_the_config_by_hand():
+    config = config_from_open_clip(MODEL_CFG["resnet"] | {"quick_gelu": False})
+    vision, text = config.vision_config, config.text_config
+    assert (list(vision.depths), vision.width, vision.image_size, vision.num_attention_heads) == (
+        [1, 2, 1, 1],
+        8,
+        64,
+        4,
+    )
+    assert (text.hidden_size, text.num_attention_heads, text.intermediate_size) == (64, 2, 256)
+    assert (text.hidden_act, text.eos_token_id, text.bos_token_id) == ("gelu", 299, 298)
+    vit = config_from_open_clip(
+        {
+            "embed_dim": 512,
+            "vision_cfg": {
+                "image_size": [240, 240],
+                "layers": 6,
+                "width": 896,
+                "patch_size": 16,
+                "head_width": 56,
+                "mlp_ratio": 2.5,
+                "norm_kwargs": {"eps": 1e-6},
+            },
+            "text_cfg": {**TEXT, "norm_kwargs": {"eps": 1e-3}, "eos_id": 2, "pool_type": "argmax"},
+        }
+    )
+    vision = vit.vision_config
+    assert (vision.image_size, vision.hidden_size, vision.num_attention_heads) == (240, 896, 16)
+    assert (vision.intermediate_size, vision.layer_norm_eps, vision.hidden_act) == (2240, 1e-6, "gelu")
+    assert vit.text_config.layer_norm_eps == 1e-3
+    assert vit.projection_dim == 512
+
+
+@pytest.mark.parametrize(
+    ("section", "options", "named"),
+    [
+        ("vision_cfg", {"timm_model_name": "convnext_base"}, r"vision_cfg\.timm_model_name='convnext_base'"),
+        ("vision_cfg", {"ls_init_value": 1e-5}, r"vision_cfg\.ls_init_value"),
+        ("vision_cfg", {"pool_type": "avg"}, r"vision_cfg\.pool_type='avg'"),
+        ("vision_cfg", {"attentional_pool": True}, r"vision_cfg\.attentional_pool"),
+        ("vision_cfg", {"norm_kwargs": {"elementwise_affine": False}}, r"vision_cfg\.norm_kwargs\.elementwise_affine"),
+        ("text_cfg", {"hf_model_name": "roberta-base"}, r"text_cfg\.hf_model_name='roberta-base'"),
+        (
+            "text_cfg",
+            {"no_causal_mask": True, "pool_type": "last"},
+            r"no_causal_mask=True, text_cfg\.pool_type='last'",
+        ),
+        ("text_cfg", {"proj_type": "none"}, r"text_cfg\.proj_type='none'"),
+        (None, {"multimodal_cfg": {"width": 64}}, "multimodal_cfg"),
+        (None, {"init_logit_bias": -10}, "init_logit_bias=-10"),
+    ],
+)
+def test_what_transformers_clip_does_not_have_is_refused_by_name(section, options, named):
+    model_cfg = json.loads(json.dumps(MODEL_CFG["vit"]))
+    (model_cfg[section] if section else model_cfg).update(options)
+    with pytest.raises(ValueError, match=named):
+        config_from_open_clip(model_cfg)
+
+
+def test_options_that_are_off_are_no_options():
+    model_cfg = json.loads(json.dumps(MODEL_CFG["vit"]))
+    model_cfg["vision_cfg"] |= {"ls_init_value": None, "attentional_pool": False, "pool_type": "tok"}
+    model_cfg["text_cfg"] |= {"no_causal_mask": False, "hf_tokenizer_name": "some/name"}
+    assert config_from_open_clip(model_cfg).projection_dim == 48
+
+
+def test_a_config_without_its_parts_or_square_sizes_is_refused():
+    with pytest.raises(ValueError, match="must have vision_cfg, text_cfg and embed_dim"):
+        config_from_open_clip({"embed_dim": 48})
+    wide = json.loads(json.dumps(MODEL_CFG["vit"]))
+    wide["vision_cfg"]["image_size"] = [224, 320]
+    with pytest.raises(ValueError, match=r"\[224, 320\].*not square"):
+        config_from_open_clip(wide)
+
+
+def test_a_config_that_does_not_fit_the_weights_names_them(tmp_path):
+    folder = write_open_clip_folder(tmp_path / "model", "vit", text_cfg={**TEXT, "layers": 3})
+    with pytest.raises(ValueError, match=r"12 missing: transformer\.resblocks\.2\.attn\.in_proj_bias"):
+        load_dual_encoder(folder)
+
+
+def test_the_configs_json_is_read_with_care(tmp_path):
+    folder = write_open_clip_folder(tmp_path / "model", "vit")
+    (folder / "open_clip_config.json").write_text('{"model_cfg": ')
+    with pytest.raises(ValueError, match=r"open_clip_config\.json is not valid JSON"):
+        load_dual_encoder(folder)
+    (folder / "open_clip_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds a list, not a JSON object"):
+        load_dual_encoder(folder)
+
+
+def test_the_preparation_of_pictures(tmp_path):
+    preprocess = {
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.2, 0.1],
+        "interpolation": "bilinear",
+        "resize_mode": "squash",
+    }
+    folder = write_open_clip_folder(tmp_path / "model", "vit", preprocess_cfg=preprocess)
+    config = load_dual_encoder(folder).config
+    processor = load_image_processor(folder, config)
+    assert list(processor.image_mean) == [0.5, 0.4, 0.3]
+    assert list(processor.image_std) == [0.2, 0.2, 0.1]
+    assert (int(processor.resample), processor.do_center_crop) == (2, False)
+    assert (processor.size["height"], processor.size["width"]) == (32, 32)
+    with pytest.raises(ValueError, match="resize_mode 'longest'"):
+        image_processor_values({"resize_mode": "longest"})
+    with pytest.raises(ValueError, match="'lanczos'"):
+        image_processor_values({"interpolation": "lanczos"})
+
+
+def test_the_dtype_can_be_told_and_other_arguments_are_refused(tmp_path):
+    folder = write_open_clip_folder(tmp_path / "model", "vit")
+    assert load_dual_encoder(folder, dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="does not take attn_implementation"):
+        load_dual_encoder(folder, attn_implementation="eager")
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        load_dual_encoder(folder, dtype="int8")
