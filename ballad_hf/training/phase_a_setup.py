@@ -201,7 +201,7 @@ def build_sampler(labels: np.ndarray, arguments: PhaseAArguments, processes: int
         return samplers.ClassAwareSampler(labels, min(4, largest), **common)
     if arguments.sampler == "power":
         return samplers.PowerSampler(labels, 0.5, **common)
-    return samplers.ProgressivelyBalancedSampler(labels, max(1, arguments.epochs), **common)
+    return samplers.ProgressiveSampler(labels, max(1, arguments.epochs), **common)
 
 
 def set_training_mode(setup: PhaseASetup, arguments: PhaseAArguments) -> None:
