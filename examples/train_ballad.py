@@ -23,6 +23,7 @@ from ballad_hf import (
 )
 from ballad_hf.data.transforms import train_transform
 from ballad_hf.evaluation.evaluate import predict
+from ballad_hf.evaluation.results import write_results
 from ballad_hf.evaluation.table import metrics_table
 from ballad_hf.hub.model_card import render_model_card
 from ballad_hf.models.dual_encoders import load_dual_encoder, load_image_processor, load_tokenizer
@@ -122,31 +123,17 @@ def load_model(options, class_names, seed):
 
 def share(model, tokenizer, image_processor, splits, predictions, arguments):
     """Save everything in one folder, say what came of it and how to use it, and push it where that was asked for."""
-    run = arguments.run
+    run, told = arguments.run, arguments.to_dict()
+    test = splits.validation if splits.test is None else splits.test
     results = {
         stage: LongTailMetrics.from_predictions(said, splits.class_counts, splits.class_names)
         for stage, said in predictions.items()
     }
-    card = render_model_card(
-        model,
-        results,
-        dataset_name=splits.name,
-        arguments=arguments.to_dict(),
-        splits=splits,
-        seeds=run.seed,
-    )
-    folder = save_bundle(
-        run.output_dir,
-        model,
-        tokenizer,
-        image_processor,
-        card=card,
-        metrics=results,
-        arguments=arguments.to_dict(),
-        overwrite=True,
-    )
+    write_results(run.output_dir, results, predictions, title=splits.name, split=test, arguments=told)
+    card = render_model_card(model, results, dataset_name=splits.name, arguments=told, splits=splits, seeds=run.seed)
+    folder = save_bundle(run.output_dir, model, tokenizer, image_processor, card=card, arguments=told, overwrite=True)
     part = "validation" if splits.test is None else "test"
-    print(f"\n{splits.name}: accuracy on {results['phase B'].samples} {part} pictures, in percent\n")
+    print(f"\n{splits.name}: accuracy on {len(test)} {part} pictures, in percent\n")
     print(f"{metrics_table(results)}\n\n{USE_IT.format(folder=folder)}")
     if run.push_to_hub:
         from ballad_hf import push_bundle
