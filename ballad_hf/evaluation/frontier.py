@@ -68,6 +68,15 @@ class Frontier:
                 highest_few = pairs[index][1]
         return best
 
+    @property
+    def has_both_groups(self) -> bool:
+        """Whether there are both many-shot and few-shot classes to trade off."""
+        return all(self.points[0].accuracies.get(group) is not None for group in ("many", "few"))
+
+    def _highest(self, number: int) -> list[int]:
+        order = sorted(range(len(self.points)), key=lambda index: -self._accuracy(index, "mean_class"))
+        return order[:number]
+
     @staticmethod
     def pair(point: FrontierPoint) -> tuple[float, float]:
         """Many-shot and few-shot accuracy of a point."""
@@ -79,6 +88,39 @@ class Frontier:
                 "tail; look at mean_class instead, or hold out a larger part for validation."
             )
         return many, few
+
+    def choose(self, by: str = "mean_class", at_least: Mapping[str, float] | None = None) -> Frontier:
+        """The frontier with its best point chosen.
+
+        Args:
+            by: the accuracy that is to be highest: `overall`, `mean_class`, `many`, `medium` or `few`. Where it is
+                the same, the higher mean-class accuracy and then the lower ratio win.
+            at_least: lowest accuracies that are put up with, such as `{"many": 0.7}`.
+
+        Raises:
+            ValueError: an accuracy that does not exist here, or one that no point reaches.
+        """
+        for name in (by, *(at_least or {})):
+            if all(point.accuracies.get(name) is None for point in self.points):
+                known = [key for key, value in self.points[0].accuracies.items() if value is not None]
+                raise ValueError(f"There is no accuracy {name!r} to choose by: choose one of {', '.join(known)}.")
+        allowed = list(range(len(self.points)))
+        for name, lowest in (at_least or {}).items():
+            highest = max(self._accuracy(index, name) for index in allowed)
+            allowed = [index for index in allowed if self._accuracy(index, name) >= lowest]
+            if not allowed:
+                raise ValueError(
+                    f"No point has {name} at {percent(lowest)} or more: the highest is {percent(highest)}."
+                )
+
+        def order(index: int) -> tuple[float, float, float]:
+            return self._accuracy(index, by), self._accuracy(index, "mean_class"), -self.points[index].ratio
+
+        return Frontier(self.points, max(allowed, key=order))
+
+    def _accuracy(self, index: int, name: str) -> float:
+        value = self.points[index].accuracies.get(name)
+        return float("-inf") if value is None else value
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -101,11 +143,14 @@ class Frontier:
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def table(self) -> str:
-        """The best points in percent, an aligned line each; the chosen one carries a star."""
+        """The best points in percent, an aligned line each; the chosen one carries a star.
+
+        Without a frontier, because a group is missing, the ten points of the best mean-class accuracy.
+        """
         groups = ("many", "medium", "few", "mean_class", "overall")
-        indices = self.best()
+        indices = self.best() if self.has_both_groups else self._highest(10)
         if self.chosen is not None and self.chosen not in indices:
-            indices = sorted([*indices, self.chosen], key=lambda index: -self.pair(self.points[index])[0])
+            indices = [*indices, self.chosen]
         lines = [["", *groups, "point"]]
         for index in indices:
             point = self.points[index]

@@ -60,24 +60,12 @@ class AdapterStack:
             on_device(logit_scales),
         )
 
-    def take_apart(self) -> list[AdapterStack]:
-        """Each adapter as a stack of its own, on the same memory."""
-        return [
-            AdapterStack(*(tensor[at : at + 1] for tensor in self._tensors()), epoch=self.epoch)
-            for at in range(len(self.weights))
-        ]
-
-    @classmethod
-    def join(cls, stacks: Sequence[AdapterStack]) -> AdapterStack:
-        """One stack of several that have been trained for the same number of epochs."""
-        epochs = {stack.epoch for stack in stacks}
-        if len(epochs) != 1:
-            raise ValueError(f"Stacks of different epochs {sorted(epochs)} can't be trained together.")
-        tensors = (torch.cat(parts) for parts in zip(*(stack._tensors() for stack in stacks), strict=True))
-        return cls(*tensors, epoch=epochs.pop())
-
-    def _tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.weights, self.momentum, self.ratios, self.learning_rates, self.logit_scales
+    def select(self, adapters: Sequence[int]) -> AdapterStack:
+        """A stack of some of the adapters, in the order given, on memory of its own."""
+        chosen = torch.tensor(adapters, dtype=torch.int64, device=self.weights.device)
+        tensors = (self.weights, self.momentum, self.ratios, self.learning_rates, self.logit_scales)
+        weights, momentum, ratios, learning_rates, logit_scales = (tensor[chosen] for tensor in tensors)
+        return AdapterStack(weights, momentum, ratios, learning_rates, logit_scales, self.epoch)
 
 
 class TableBatches:

@@ -199,6 +199,7 @@ def row_order(table: FeatureTable, arguments: PhaseBArguments, seed: int) -> Cal
     from ..data import samplers
 
     labels = table.labels.cpu().numpy()
+    sampler: samplers.EpochSampler
     if arguments.sampler == "class_aware":
         sampler = samplers.ClassAwareSampler(labels, samples_per_class=arguments.samples_per_class, seed=seed)
     elif arguments.sampler == "power":
@@ -208,7 +209,7 @@ def row_order(table: FeatureTable, arguments: PhaseBArguments, seed: int) -> Cal
 
     def order(epoch: int) -> np.ndarray:
         sampler.set_epoch(epoch)
-        return np.fromiter(sampler, dtype=np.int64, count=len(sampler))
+        return sampler.rows()
 
     return order
 
