@@ -55,6 +55,7 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
     """
 
     model_type = "clip_resnet_vision_model"
+    _auto_class = "AutoConfig"  # saved with its code, see CLIPResNetPreTrainedModel
     base_config_key = "vision_config"
 
     depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
@@ -123,6 +124,7 @@ class CLIPResNetConfig(PreTrainedConfig):
     """
 
     model_type = "clip_resnet"
+    _auto_class = "AutoConfig"  # saved with its code, see CLIPResNetPreTrainedModel
     # `sub_configs` with a conversion of our own works in every release of transformers 5; their later automatic
     # conversion does not.
     sub_configs = {"text_config": CLIPTextConfig, "vision_config": CLIPResNetVisionConfig}

@@ -30,7 +30,7 @@ def fold_adapter(clip: PreTrainedModel, adapter_weight: torch.Tensor, config: Ba
 
     Returns:
         A model of the dual encoder's own class, in evaluation mode. A modified ResNet is no class of transformers:
-        when saved it takes its code along, and loads with `trust_remote_code=True` where Ballad is not installed.
+        its folder holds its code, and loads with `trust_remote_code=True` where Ballad is not installed.
 
     Raises:
         ValueError: there is no linear image projection to fold into, or no text tower for a whole dual encoder.
@@ -55,14 +55,4 @@ def fold_adapter(clip: PreTrainedModel, adapter_weight: torch.Tensor, config: Ba
         target.bias.copy_(mixed @ projection.bias.detach().cpu().double())  # (dim,)
     if config.logit_scale is not None:
         folded.logit_scale.fill_(math.log(config.logit_scale))
-    if folded.config.model_type == "clip_resnet":
-        _take_code_along(folded)
     return folded
-
-
-def _take_code_along(model: PreTrainedModel) -> None:
-    """Have `save_pretrained` write the model's code beside its weights, as no release of transformers has it."""
-    # On the instances: on the classes it would change every later save of the process.
-    model._auto_class = "AutoModelForZeroShotImageClassification"
-    model.config._auto_class = "AutoConfig"
-    model.config.auto_map = {"AutoModel": f"modeling_clip_resnet.{type(model).__name__}"}

@@ -8,6 +8,7 @@ one 7 x 7 convolution with a max pool; an average pool before every strided conv
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,8 @@ class CLIPResNetAttentionPool(nn.Module):
 
 
 class CLIPResNetPreTrainedModel(CLIPPreTrainedModel):
+    """No release of transformers has these models, so a saved one has its code beside its weights."""
+
     config_class = CLIPResNetConfig
     base_model_prefix = "clip_resnet"
     _no_split_modules = ["CLIPResNetBottleneck", "CLIPTextEmbeddings", "CLIPEncoderLayer"]
@@ -131,6 +134,12 @@ class CLIPResNetPreTrainedModel(CLIPPreTrainedModel):
         elif isinstance(module, CLIPResNetModel):
             init.zeros_(module.visual_projection.bias)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        # `_auto_class` names one Auto class; AutoModel loads every model.
+        code = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": code}
+        super().save_pretrained(save_directory, **kwargs)
 
 
 class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
@@ -151,6 +160,7 @@ class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _auto_class = "AutoModel"
 
     def __init__(self, config: CLIPResNetVisionConfig):
         super().__init__(config)
@@ -233,6 +243,8 @@ class CLIPResNetModel(CLIPResNetPreTrainedModel, CLIPModel):
     >>> tuple(model(input_ids=tokens, pixel_values=torch.zeros(2, 3, 32, 32)).logits_per_image.shape)
     (2, 1)
     """
+
+    _auto_class = "AutoModelForZeroShotImageClassification"
 
     def __init__(self, config: CLIPResNetConfig):
         # Past CLIPModel's own constructor, which builds a ViT.

@@ -1,0 +1,195 @@
+"""The fold: the same function, in a class that every tool knows."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoModel, CLIPModel, SiglipConfig, SiglipModel
+
+from ballad_hf import BalladForImageClassification, CLIPResNetModel, convert_official_ballad
+from ballad_hf.models.dual_encoders import clip_image_processor, load_openai_clip
+
+from .conftest import CLASS_NAMES
+from .reference import KINDS, TEXT_HEADS, assert_agrees, expected, official_file, openai_file
+from .test_modeling_clip_resnet import built, tiny_config
+
+
+def shaken(model: BalladForImageClassification, seed: int = 0) -> BalladForImageClassification:
+    """With an adapter that is nothing like the identity."""
+    weight = model.adapter.linear.weight
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)))
+    return model
+
+
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+
+
+def test_the_folded_projection_by_hand(tiny_ballad):
+    """W swaps the first two features and doubles the third; lambda is 0.25."""
+    weight = torch.eye(16)
+    weight[:2, :2] = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    weight[2, 2] = 2.0
+    with torch.no_grad():
+        tiny_ballad.adapter.linear.weight.copy_(weight)
+    tiny_ballad.config.adapter_ratio = 0.25
+    projection = tiny_ballad.clip.visual_projection.weight
+    folded = tiny_ballad.fold_adapter().visual_projection.weight
+    torch.testing.assert_close(folded[0], 0.75 * projection[0] + 0.25 * projection[1])
+    torch.testing.assert_close(folded[1], 0.75 * projection[1] + 0.25 * projection[0])
+    torch.testing.assert_close(folded[2], 1.25 * projection[2])
+    torch.testing.assert_close(folded[3:], projection[3:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(ratio=st.floats(0, 1), seed=st.integers(0, 1000), scale=st.sampled_from([None, 100, 30.0]))
+def test_logits_agree_for_any_adapter_ratio_and_scale(kind, ratio, seed, scale):
+    clip = load_openai_clip(openai_file(kind), text_attention_heads=TEXT_HEADS)
+    model = BalladForImageClassification.from_dual_encoder(clip, adapter_ratio=ratio, logit_scale=scale)
+    shaken(model, seed)
+    original = expected(kind)
+    inputs = {"pixel_values": original["pixel_values"], "input_ids": original["input_ids"]}
+    with torch.no_grad():
+        logits = model(**inputs).logits_per_image
+        folded = model.fold_adapter()(**inputs).logits_per_image
+    torch.testing.assert_close(folded, logits, rtol=1e-5, atol=1e-5 * logits.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_official_checkpoint_ends_as_a_stock_model_with_the_official_logits(kind, tmp_path):
+    convert_official_ballad(official_file(kind), tmp_path, tokenizer=False, text_attention_heads=TEXT_HEADS)
+    folded = BalladForImageClassification.from_pretrained(tmp_path).fold_adapter()
+    assert type(folded) is {"vit": CLIPModel, "resnet": CLIPResNetModel}[kind]
+    original = expected(kind)
+    with torch.no_grad():
+        output = folded(input_ids=original["input_ids"], pixel_values=original["pixel_values"])
+    assert_agrees(output.logits_per_image, original["ballad_logits"])
+
+
+def test_the_ballad_itself_is_left_as_it_is(tiny_ballad):
+    tiny_ballad.config.logit_scale = 100
+    before = {name: value.clone() for name, value in tiny_ballad.state_dict().items()}
+    config = tiny_ballad.config.to_dict()
+    folded = tiny_ballad.fold_adapter()
+    with torch.no_grad():
+        folded.visual_projection.weight.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in tiny_ballad.state_dict().items())
+    assert tiny_ballad.config.to_dict() == config
+    assert not folded.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(tiny_ballad, dtype):
+    shaken(tiny_ballad).to(dtype)
+    weight = tiny_ballad.adapter.linear.weight.double()
+    mixed = 0.2 * weight + 0.8 * torch.eye(16, dtype=torch.float64)
+    exact = mixed @ tiny_ballad.clip.visual_projection.weight.double()
+    assert torch.equal(tiny_ballad.fold_adapter().visual_projection.weight, exact.to(dtype))
+
+
+_WITHOUT_BALLAD = """
+import importlib.abc, json, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "ballad_hf":
+            raise ModuleNotFoundError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Refuse())
+from transformers import AutoModel, pipeline
+
+folder, image, trust = sys.argv[1], sys.argv[2], sys.argv[3] == "trust"
+task = "zero-shot-image-classification"
+rows = pipeline(task, model=folder, trust_remote_code=trust)(
+    image, candidate_labels=["cat", "dog", "owl"], hypothesis_template="a photo of a {}."
+)
+name = type(AutoModel.from_pretrained(folder, trust_remote_code=trust)).__name__
+assert not any(module.split(".")[0] == "ballad_hf" for module in sys.modules)
+print(json.dumps([name, rows]))
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_folder_serves_where_ballad_cannot_be_imported(kind, tiny_ballad, tiny_clip, tmp_path):
+    model = tiny_ballad
+    if kind == "resnet":
+        clip = built(tiny_config(tiny_clip.tokenizer))
+        model = BalladForImageClassification.from_dual_encoder(clip, CLASS_NAMES, tiny_clip.tokenizer)
+    shaken(model)
+    image_processor = clip_image_processor(32)
+    folder, image = tmp_path / "folded", tmp_path / "picture.png"
+    for part in (model.fold_adapter(), tiny_clip.tokenizer, image_processor):
+        part.save_pretrained(folder)
+    picture().save(image)
+    # A ViT is a class of transformers and needs no trust; a modified ResNet is none, and brings its code.
+    trust = {"vit": "stock", "resnet": "trust"}[kind]
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_BALLAD, str(folder), str(image), trust],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    name, rows = json.loads(done.stdout)
+    assert name == {"vit": "CLIPModel", "resnet": "CLIPResNetModel"}[kind]
+    code = sorted(file.name for file in folder.glob("*.py"))
+    assert code == {"vit": [], "resnet": ["configuration_clip_resnet.py", "modeling_clip_resnet.py"]}[kind]
+    tokens = tiny_clip.tokenizer(
+        [f"a photo of a {label}." for label in ("cat", "dog", "owl")], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        logits = model(image_processor(picture(), return_tensors="pt").pixel_values, **tokens).logits_per_image[0]
+    scores = {row["label"]: row["score"] for row in rows}
+    assert scores == pytest.approx(
+        dict(zip(("cat", "dog", "owl"), logits.softmax(-1).tolist(), strict=True)), abs=1e-5
+    )
+
+
+def test_a_folded_resnet_loads_with_ballad_too_and_feeds_from_clip(tiny_clip, tmp_path):
+    clip = built(tiny_config(tiny_clip.tokenizer))
+    model = shaken(BalladForImageClassification.from_dual_encoder(clip, CLASS_NAMES, tiny_clip.tokenizer))
+    folded = model.fold_adapter()
+    folded.save_pretrained(tmp_path)
+    assert type(AutoModel.from_pretrained(tmp_path)) is CLIPResNetModel
+    again = BalladForImageClassification.from_clip(tmp_path)
+    pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        again.get_image_features(pixel_values).pooler_output,
+        model.get_image_features(pixel_values).pooler_output,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_a_stock_class_is_saved_without_code(tiny_ballad, tmp_path):
+    tiny_ballad.fold_adapter().save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_siglip_has_nothing_to_fold_into():
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = SiglipConfig(
+        text_config={**tower, "vocab_size": 99, "max_position_embeddings": 16},
+        vision_config={**tower, "image_size": 32, "patch_size": 16},
+    )
+    model = BalladForImageClassification.from_dual_encoder(SiglipModel(config))
+    with pytest.raises(ValueError, match="A SiglipModel has no linear image projection"):
+        model.fold_adapter()
+
+
+def test_a_vision_only_model_is_no_dual_encoder_to_fold(tiny_ballad):
+    tiny_ballad.remove_text_tower()
+    with pytest.raises(ValueError, match="no text tower to make a dual encoder of"):
+        tiny_ballad.fold_adapter()
