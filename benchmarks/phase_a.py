@@ -5,7 +5,8 @@
 
 The naive step is written here, independently: prompts of all classes tokenised in each step, padded to 77 tokens and
 encoded, the whole batch at once, no autocast, SGD. Ours is what `train_phase_a` runs. Each way has a process of its
-own, so that its peak memory is its own; steps are taken in turn, so that the machine's load is the same for all.
+own, so that its peak memory is its own. On a CPU steps are taken in turn, so that the machine's load is the same for
+all; on a GPU, which nobody shares, one way runs after the other and has the whole memory.
 """
 
 from __future__ import annotations
@@ -18,59 +19,18 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from towers import SIZES, Size, build_clip, training_flops
 
 
 TEMPLATE = "a photo of a {}."
 WORDS = [f"{first}{last}{end}" for first in "bdfgklmnprst" for last in "aeiou" for end in ("lus", "nia", "rix", "tum")]
-
-
-@dataclass(frozen=True)
-class Size:
-    """Sizes of a dual encoder. A ViT has `patch_size`; a ResNet has `depths`.
-
-    Args:
-        image_size: side of the pictures, in pixels.
-        width: of the image tower.
-        text_width: of the text tower.
-        layers: of the text tower, and of a ViT.
-        projection_dim: of the joint space.
-        vocabulary: tokens of the text tower; 0 for no more than the words that occur.
-        patch_size: side of a patch, in pixels.
-        depths: blocks of each stage.
-    """
-
-    image_size: int
-    width: int
-    text_width: int
-    layers: int
-    projection_dim: int
-    vocabulary: int = 0
-    patch_size: int | None = None
-    depths: tuple[int, int, int, int] | None = None
-
-    def smaller(self, scale: float, layers: int | None) -> Size:
-        """These towers with other widths and another number of transformer layers."""
-        widths = {name: 2 * round(scale * getattr(self, name) / 2) for name in ("width", "text_width")}
-        return replace(self, **widths, layers=layers or self.layers)
-
-
-# The narrow towers have as many patches, prompts of the same lengths, and about the same share of arithmetic in the
-# text tower as those of CLIP, so that their ratios say something about CLIP's.
-SIZES = {
-    "narrow_vit": Size(112, 96, 64, 2, 64, patch_size=8),
-    "narrow_resnet": Size(96, 8, 64, 2, 64, depths=(3, 4, 6, 3)),
-    "vit_b16": Size(224, 768, 512, 12, 512, 49408, patch_size=16),
-    "rn50": Size(224, 64, 512, 12, 1024, 49408, depths=(3, 4, 6, 3)),
-}
 
 
 @dataclass(frozen=True)
@@ -139,42 +99,6 @@ def draw_pixels(case: Case) -> torch.Tensor:
     return torch.randn((case.batch_size, 3, side, side), generator=generator).to(case.device)
 
 
-def build_clip(size: Size, vocabulary: int, eos: int, attention: str = "sdpa", device: str = "cpu", seed: int = 0):
-    """A dual encoder of this size from random weights."""
-    from transformers import CLIPConfig, CLIPModel
-
-    from ballad_hf import CLIPResNetConfig, CLIPResNetModel
-
-    text = {
-        "vocab_size": max(size.vocabulary, vocabulary),
-        "hidden_size": size.text_width,
-        "intermediate_size": 4 * size.text_width,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": max(1, size.text_width // 64),
-        "eos_token_id": eos,
-        "bos_token_id": eos - 1,
-        "pad_token_id": eos,
-    }
-    if size.depths is None:
-        vision = {
-            "image_size": size.image_size,
-            "patch_size": size.patch_size,
-            "hidden_size": size.width,
-            "intermediate_size": 4 * size.width,
-            "num_hidden_layers": size.layers,
-            "num_attention_heads": max(1, size.width // 64),
-        }
-        model, config = CLIPModel, CLIPConfig
-    else:
-        vision = {"image_size": size.image_size, "width": size.width, "depths": size.depths}
-        model, config = CLIPResNetModel, CLIPResNetConfig
-    built = config(text_config=text, vision_config=vision, projection_dim=size.projection_dim)
-    built._attn_implementation = attention
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(seed)
-        return model(built).eval()
-
-
 def naive_step(case: Case) -> Callable[[torch.Tensor], float]:
     """The official step, plainly: a function of the labels that does one update and returns the loss."""
     from ballad_hf.models.tiny_clip import build_tiny_clip
@@ -221,7 +145,8 @@ def our_step(case: Case, way: Way) -> Callable[[torch.Tensor], float]:
     model = BalladForImageClassification.from_dual_encoder(clip, names, tokenizer, logit_scale=scale)
     labels_of_all = np.repeat(np.arange(case.classes), long_tailed_counts(100, case.classes, 100))
     store = ArrayPictures(np.broadcast_to(np.zeros((1, 1, 1), np.uint8), (len(labels_of_all), 1, 1)), "none")
-    splits = Splits(ImageSplit(store, labels_of_all, names), None, None, names, "benchmark")
+    unused: Any = None
+    splits = Splits(ImageSplit(store, labels_of_all, names), unused, None, names, "benchmark")
     arguments = PhaseAArguments(
         loss=way.loss or "contrastive",  # type: ignore[arg-type]
         batch_size=case.batch_size,
@@ -274,7 +199,15 @@ def work(connection: Any, case: Case, way: Way) -> None:
 
 
 def measure(case: Case, ways: list[Way], steps: int) -> dict[str, dict[str, Any]]:
-    """Every way's first loss, median seconds and peak memory, from steps taken in turn."""
+    """Every way's first loss, median seconds and peak memory, or that the memory is too small."""
+    groups = [ways] if case.device == "cpu" else [[way] for way in ways]
+    found: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        found |= measure_in_turn(case, group, steps)
+    return found
+
+
+def measure_in_turn(case: Case, ways: list[Way], steps: int) -> dict[str, dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     workers = {}
     for way in ways:
@@ -309,24 +242,6 @@ def measure(case: Case, ways: list[Way], steps: int) -> dict[str, dict[str, Any]
     return results
 
 
-def training_flops(size: Size, pictures: int, prompts: int, length: int) -> float:
-    """Floating-point operations of a step by the shapes alone: three times the forward pass."""
-    clip = build_clip(size, 1000, 999, attention="eager", device="meta")
-    total = 0.0
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        if pictures:
-            side = size.image_size
-            clip.get_image_features(pixel_values=torch.empty((1, 3, side, side), device="meta"))
-            total += pictures * counter.get_total_flops()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        if prompts:
-            clip.text_model.encoder(
-                inputs_embeds=torch.empty((1, length, size.text_width), device="meta"), attention_mask=None
-            )
-            total += prompts * counter.get_total_flops()
-    return 3 * total
-
-
 def arithmetic(case: Case, way: Way) -> float:
     """`training_flops` of a way; the contrastive loss encodes the classes of its batch."""
     if way.loss is None:
@@ -358,9 +273,8 @@ def timed(function: Callable[[], Any], device: str, repeats: int) -> float:
 def utilisation(case: Case, rate: float, compiled: bool, repeats: int = 10) -> float:
     """Share of `rate` that forward and backward passes of the image tower reach in bf16."""
     clip = build_clip(case.size, 1000, 999, seed=case.seed).to(case.device)
-    tower: nn.Module = clip.vision_model
     if compiled:
-        tower.compile()
+        clip.vision_model.compile()
     pixels = draw_pixels(case)
 
     def step() -> None:
@@ -384,6 +298,17 @@ def rows_of(case: Case, name: str, ways: list[Way], found: dict[str, dict[str, A
             row["times_less_memory"] = naive["bytes"] / row["bytes"]
         rows.append(row)
     return rows
+
+
+def show_arithmetic(names: list[str], cases: list[Case], ways: list[Way]) -> str:
+    """The work of each way as a Markdown table, by the shapes alone."""
+    lines = ["| towers | classes | way | TFLOP a step | times less |", "|---|---:|---|---:|---:|"]
+    for name, case in zip(names, cases, strict=True):
+        naive = arithmetic(case, ways[0])
+        for way in ways:
+            work = arithmetic(case, way)
+            lines.append(f"| {name} | {case.classes:,} | {way.name} | {work / 1e12:,.2f} | {naive / work:.1f} |")
+    return "\n".join(lines)
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -421,13 +346,22 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--torch_compile", action="store_true", help="compile the towers of our step")
     parser.add_argument("--steps", type=int, default=10 if cuda else 3, help="timed steps of each way")
     parser.add_argument("--no_utilisation", action="store_true", help="on a GPU, leave the image tower's share out")
+    parser.add_argument("--count", action="store_true", help="only count the arithmetic of a step; run nothing")
     parser.add_argument("--output", type=Path, help="JSON file of the figures")
     return parser.parse_args(command_line)
 
 
+def processor() -> str:
+    """What the CPU calls itself, where the system says so."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def main(command_line: list[str] | None = None) -> None:
     options = parse(command_line)
-    hardware = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
+    hardware = torch.cuda.get_device_name() if options.device == "cuda" else processor()
     print(f"{hardware}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, batch {options.batch_size}\n")
     common = {
         "mixed_precision": options.mixed_precision,
@@ -435,13 +369,19 @@ def main(command_line: list[str] | None = None) -> None:
         "torch_compile": options.torch_compile,
     }
     ways = [Way("naive"), Way("class_prompt", "class_prompt", **common), Way("contrastive", "contrastive", **common)]
+    chosen = [(name, classes) for name in options.size for classes in options.classes]
+    cases = [
+        Case(SIZES[name].smaller(options.scale, options.layers), classes, options.batch_size, options.device)
+        for name, classes in chosen
+    ]
+    if options.count:
+        print(show_arithmetic([name for name, _ in chosen], cases, ways))
+        return
     rows: list[dict[str, Any]] = []
-    for name in options.size:
-        size = SIZES[name].smaller(options.scale, options.layers)
-        for classes in options.classes:
-            case = Case(size, classes, options.batch_size, options.device)
-            rows += rows_of(case, name, ways, measure(case, ways, options.steps))
-            print(show(rows[-len(ways) :]) if len(rows) == len(ways) else show(rows[-len(ways) :]).split("\n", 2)[2])
+    for (name, _), case in zip(chosen, cases, strict=True):
+        added = rows_of(case, name, ways, measure(case, ways, options.steps))
+        print(show(added) if not rows else show(added).split("\n", 2)[2], flush=True)
+        rows += added
     shares = []
     if options.device == "cuda" and not options.no_utilisation:
         rate = matmul_rate(options.device)
