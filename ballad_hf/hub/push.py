@@ -17,9 +17,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
@@ -30,6 +35,8 @@ from .remote_code import code_files, config_with_code
 logger = logging.get_logger(__name__)
 
 CHECKPOINT_IN_REPO = "last-checkpoint"
+# HTTPError is that of the library which the installed client speaks through; httpx or httpx2.
+_FAILURES = (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError)
 
 
 class PushError(RuntimeError):
@@ -124,7 +131,7 @@ def check_push(repo_id: str, token: str | None = None) -> str:
     check_repo_id(repo_id)
     try:
         return HfApi(token=token).whoami()["name"]
-    except (HfHubHTTPError, httpx.HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+    except _FAILURES as error:
         raise PushError(f"A push to {repo_id} would fail: {_reason(error)}") from error
 
 
@@ -264,7 +271,7 @@ def _explained(
         raise
     except PushError as error:
         raise PushError(f"{error} {later}") from error
-    except (HfHubHTTPError, httpx.HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except _FAILURES as error:
         raise PushError(f"The push to {repo_id} failed: {_reason(error)} {later}") from error
 
 
