@@ -172,7 +172,7 @@ IMPATIENT = "import time; time.sleep = lambda seconds: None" + PUSH
 
 
 def test_the_command_of_the_message_works_once_the_hub_does(hub, client, bundle):
-    hub.fail("PUT /lfs", "drop", times=20)
+    hub.fail("PUT /lfs", "drop", times=1000)
     done = client(IMPATIENT, bundle, "someone/digits", "--with_code")
     assert done.returncode == 1
     command = done.stderr.strip().splitlines()[-1].split()
