@@ -17,6 +17,7 @@ from ballad_hf import (
     LongTailMetrics,
     extract_features,
     load_splits,
+    push_bundle,
     save_bundle,
     train_phase_a,
     train_phase_b,
@@ -26,6 +27,7 @@ from ballad_hf.evaluation.evaluate import predict
 from ballad_hf.evaluation.results import write_results
 from ballad_hf.evaluation.table import metrics_table
 from ballad_hf.hub.model_card import render_model_card
+from ballad_hf.hub.push import CheckpointPusher, check_push
 from ballad_hf.models.dual_encoders import load_dual_encoder, load_image_processor, load_tokenizer
 from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training.command_line import parse_arguments
@@ -56,6 +58,8 @@ def main(command_line: list[str]) -> None:
         claim_run_folder(
             output_dir, arguments.to_dict(), resume=run.resume == "auto", overwrite=run.overwrite_output_dir
         )
+        if run.push_to_hub:
+            check_push(repository_of(run))
     with accelerator.main_process_first():
         splits = load_splits(**vars(arguments.data), seed=run.seed)
     model, tokenizer, image_processor = load_model(arguments.model, splits.class_names, run.seed)
@@ -68,6 +72,9 @@ def main(command_line: list[str]) -> None:
     predictions = {"before training": predict(model, test, batch_size=run.eval_batch_size, **reading)}
 
     # Phase A: both towers on the data as it is.
+    pusher = None
+    if run.push_to_hub and run.hub_strategy == "checkpoint" and accelerator.is_main_process:
+        pusher = CheckpointPusher(repository_of(run), private=run.hub_private or None)
     train_phase_a(
         model,
         splits,
@@ -80,7 +87,10 @@ def main(command_line: list[str]) -> None:
         resume=run.resume,
         num_workers=run.num_workers,
         eval_batch_size=run.eval_batch_size,
+        on_checkpoint=pusher and pusher.submit,
     )
+    if pusher is not None:
+        pusher.close()
     predictions["phase A"] = predict(model, test, batch_size=run.eval_batch_size, **reading)
 
     # Phase B: the adapter on balanced samples of what the towers, frozen now, see.
@@ -121,6 +131,11 @@ def load_model(options, class_names, seed):
     return model, tokenizer, image_processor
 
 
+def repository_of(run):
+    """The Hub repository that the run is pushed to."""
+    return run.hub_model_id or Path(run.output_dir).name
+
+
 def share(model, tokenizer, image_processor, splits, predictions, arguments):
     """Save everything in one folder, say what came of it and how to use it, and push it where that was asked for."""
     run, told = arguments.run, arguments.to_dict()
@@ -136,9 +151,7 @@ def share(model, tokenizer, image_processor, splits, predictions, arguments):
     print(f"\n{splits.name}: accuracy on {len(test)} {part} pictures, in percent\n")
     print(f"{metrics_table(results)}\n\n{USE_IT.format(folder=folder)}")
     if run.push_to_hub:
-        from ballad_hf import push_bundle
-
-        repository = push_bundle(folder, run.hub_model_id or folder.name, private=run.hub_private)
+        repository = push_bundle(folder, repository_of(run), private=run.hub_private or None)
         print(f"Pushed to {repository}")
 
 

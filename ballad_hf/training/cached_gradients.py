@@ -2,8 +2,8 @@
 
 A batch that fits is run at once. One that does not is run in pieces:
 
-- a loss that is a mean over pictures is added up piece by piece, while the class embeddings wait as a leaf, so that the
-  prompts are encoded once for the batch and not once for each piece;
+- a loss that is a mean over pictures is added up piece by piece, while the class embeddings wait as a leaf, so that
+  the prompts are encoded once for the batch and not once for each piece;
 - a loss that couples the batch (contrastive, LADE) takes gradient caching (Gao et al., 2021, "Scaling Deep Contrastive
   Learning Batch Size under Memory Limited Setup"): features of all pieces without gradients, the loss and its gradient
   at the features, then each piece again with gradients, from the features' gradient down.
@@ -31,8 +31,8 @@ class Objective:
     """A loss of phase A over cosines.
 
     Args:
-        classification: a loss over the prompts of all classes; `None` for the contrastive loss, which compares with the
-            classes of the batch.
+        classification: a loss over the prompts of all classes; `None` for the contrastive loss, which compares with
+            the classes of the batch.
     """
 
     classification: ClassificationLoss | None = None

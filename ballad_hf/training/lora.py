@@ -50,8 +50,8 @@ class LowRankUpdates:
             self._updated: Any = LoraModel(clip, config, "default")
         except ValueError as error:
             raise ValueError(
-                f"The {towers!r} tower(s) of this {type(clip).__name__} have no attention and MLP layers that low-rank "
-                "updates are known for: train the weights themselves (lora_rank=0), or another tower."
+                f"The {towers!r} tower(s) of this {type(clip).__name__} have no attention and MLP layers that "
+                "low-rank updates are known for: train the weights themselves (lora_rank=0), or another tower."
             ) from error
 
     def merge(self) -> None:

@@ -104,7 +104,7 @@ def focal(logits: torch.Tensor, labels: torch.Tensor, gamma: float = 2.0) -> tor
 def margin_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, margins: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Cross-entropy after the right class's logit is lowered by the class's margin (LDAM, Cao et al., 2019, eq. 13)."""
+    """Cross-entropy after the right class's logit is lowered by its margin (LDAM, Cao et al., 2019, eq. 13)."""
     lowered = torch.zeros_like(logits).scatter(-1, labels[..., None], margins[labels][..., None])
     return cross_entropy(logits - lowered, labels, label_smoothing)
 

@@ -111,9 +111,9 @@ def schedule_factor(
 ) -> float:
     """What the peak rate is multiplied with in one step; the peak itself is used, and no step is wasted on 0.
 
-    `cosine` is SGDR without restarts (Loshchilov and Hutter, 2017, equation 5), taken in every step. `official` is what
-    the official code does: it changes once an epoch and before the epoch, so that its first epoch is below the peak and
-    its last at 0.
+    `cosine` is SGDR without restarts (Loshchilov and Hutter, 2017, equation 5), taken in every step. `official` is
+    what the official code does: it changes once an epoch and before the epoch, so that its first epoch is below the
+    peak and its last at 0.
 
     Args:
         step: steps done before this one.

@@ -1,8 +1,8 @@
 """Phase A of BALLAD (Ma et al., 2021, section 3.2): continued pretraining of the towers on the data as it is.
 
 Pictures are drawn as they occur, and each is compared with class prompts, so that the towers learn the data without
-forgetting how text and pictures go together. Half of the classifier is the text tower; so the class embeddings are made
-anew at the end.
+forgetting how text and pictures go together. Half of the classifier is the text tower; so the class embeddings are
+made anew at the end.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def train_phase_a(
     num_workers: int = 0,
     eval_batch_size: int = 128,
     progress: bool = True,
+    on_checkpoint: Callable[[Path], object] | None = None,
 ) -> PhaseAResult:
     """Train the model's towers in place, keep the best weights on the validation part, refresh the class embeddings.
 
@@ -63,12 +64,14 @@ def train_phase_a(
         accelerator: its processes share each batch, and its precision is used. Weights are float32 throughout.
         output_dir: keeps checkpoints in `output_dir/phase_a`, which all processes must see; `None` for none.
         seed: of the order, the augmentation and dropout. The same seed gives the same bits on the same machine.
-        resume: `"auto"` goes on from the newest checkpoint in `output_dir`, or starts where there is none; `"never"` or
-            `None` starts anew; a path names a checkpoint. A run that goes on ends with the weights of one that was
+        resume: `"auto"` goes on from the newest checkpoint in `output_dir`, or starts where there is none; `"never"`
+            or `None` starts anew; a path names a checkpoint. A run that goes on ends with the weights of one that was
             never interrupted; one that is finished is read back.
         num_workers: processes that read pictures, for each training process.
         eval_batch_size: pictures a forward pass in validations, on each process.
         progress: show a bar.
+        on_checkpoint: called on the main process with the folder of each checkpoint that was written, such as
+            `CheckpointPusher.submit`; what it raises is a warning.
 
     Returns:
         What happened, and which weights were kept. The model is in evaluation mode and in float32.
@@ -113,7 +116,7 @@ def train_phase_a(
                 model, splits, tokenizer, image_processor, arguments, accelerator, seed, num_workers, eval_batch_size
             )
 
-        result = _train(model, set_up, identity, arguments, accelerator, folder, seed, resume, progress)
+        result = _train(model, set_up, identity, arguments, accelerator, folder, seed, resume, progress, on_checkpoint)
     model.eval()
     if arguments.epochs:
         model.set_class_names(model.config.class_names, tokenizer)
@@ -132,6 +135,7 @@ def _train(
     seed: int,
     resume: str | Path | None,
     progress: bool,
+    on_checkpoint: Callable[[Path], object] | None,
 ) -> PhaseAResult:
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), StopSignals() as signals, _trackers(accelerator, arguments):
@@ -140,7 +144,7 @@ def _train(
         torch.manual_seed(seed + 1 + accelerator.process_index)  # dropout differs
         start = take_weights(setup.towers) if arguments.tail_guard == "interpolate" else {}
         store = None if folder is None else CheckpointStore(folder, arguments.keep_checkpoints)
-        checkpoints = None if store is None else PhaseACheckpoints(store, identity, setup, accelerator)
+        checkpoints = None if store is None else PhaseACheckpoints(store, identity, setup, accelerator, on_checkpoint)
         found = _checkpoint_to_go_on_from(store, resume, accelerator)
         state = PhaseAState() if found is None or checkpoints is None else checkpoints.restore(found)
         loop = PhaseALoop(setup, arguments, accelerator, signals, checkpoints, state, progress)
@@ -193,8 +197,8 @@ def _keep_best(loop: PhaseALoop, start: dict[str, torch.Tensor]) -> None:
     put_weights(setup.towers, weights_between(start, state.best_weights, alpha))
     result.interpolation, result.validation = alpha, dict(points[alpha])
     logger.warning(
-        f"The weights are {alpha:.0%} of the way from the pretrained to the trained ones, where few-shot accuracy on the "
-        f"validation part is {points[alpha]['few']:.1%} and {loop.arguments.metric_for_best} "
+        f"The weights are {alpha:.0%} of the way from the pretrained to the trained ones, where few-shot accuracy on "
+        f"the validation part is {points[alpha]['few']:.1%} and {loop.arguments.metric_for_best} "
         f"{points[alpha][loop.arguments.metric_for_best]:.1%}."
     )
 

@@ -1,10 +1,12 @@
-"""Where a run of phase A stands, written to a checkpoint and read back so that it goes on as if nothing had happened."""
+"""Where a run of phase A stands, written to a checkpoint and read back so that it goes on as if never stopped."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,13 +124,22 @@ class PhaseACheckpoints:
         identity: see `run_identity`.
         setup: of this run.
         accelerator: of this run.
+        on_checkpoint: called on the main process with the folder of a checkpoint that was written.
     """
 
-    def __init__(self, store: CheckpointStore, identity: dict[str, Any], setup: PhaseASetup, accelerator: Accelerator):
+    def __init__(
+        self,
+        store: CheckpointStore,
+        identity: dict[str, Any],
+        setup: PhaseASetup,
+        accelerator: Accelerator,
+        on_checkpoint: Callable[[Path], object] | None = None,
+    ):
         self.store = store
         self.identity = identity
         self.setup = setup
         self.accelerator = accelerator
+        self.on_checkpoint = on_checkpoint
         self._saved: int | None = None
 
     def save(self, state: PhaseAState) -> None:
@@ -144,10 +155,20 @@ class PhaseACheckpoints:
                 tensors |= _named("average", take_weights(setup.towers))
         for process, numbers in enumerate(self._random_states()):
             tensors |= _named(f"random/{process}", numbers)
-        if self.accelerator.is_main_process:
-            if self.store.try_save(state.step, tensors, self._plain(state, rest), pinned=state.best_step):
-                logger.info(f"Checkpoint of step {state.step} in {self.store.path_of(state.step)}.")
+        if self.accelerator.is_main_process and self.store.try_save(
+            state.step, tensors, self._plain(state, rest), pinned=state.best_step
+        ):
+            self._tell(self.store.path_of(state.step))
         self._saved = state.step
+
+    def _tell(self, checkpoint: Path) -> None:
+        logger.info(f"Checkpoint in {checkpoint}.")
+        if self.on_checkpoint is None:
+            return
+        try:
+            self.on_checkpoint(checkpoint)
+        except Exception as error:  # a foreign function must not end the training
+            logger.warning(f"on_checkpoint failed for {checkpoint}: {error!r}. Training goes on.")
 
     def restore(self, checkpoint: Checkpoint) -> PhaseAState:
         """Put weights, optimizer and random numbers back, and say where the run stands.
