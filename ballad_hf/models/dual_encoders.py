@@ -41,6 +41,7 @@ logger = logging.get_logger(__name__)
 # Every CLIP of OpenAI and most of open_clip share one tokenizer, which their weight files don't hold.
 OPENAI_TOKENIZER = "openai/clip-vit-base-patch32"
 OPENAI_VOCAB_SIZE = 49408
+_WEIGHT_SUFFIXES = {".bin", ".pt", ".pth", ".safetensors"}  # what has one is no name on the Hub
 # What `from_pretrained` takes to find a file; the rest of its arguments are about the model.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -66,6 +67,8 @@ def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedMo
     path = Path(name_or_path)
     if path.is_file():
         return load_openai_clip(path, **kwargs)
+    if not path.exists() and (path.is_absolute() or path.suffix in _WEIGHT_SUFFIXES):
+        raise FileNotFoundError(f"There is no file or folder {str(path)!r}.")
     hub = hub_arguments(kwargs)
     model_type = _model_type(name_or_path, hub)
     if model_type is not None:
