@@ -138,7 +138,10 @@ class PhaseALoop:
             self._take_in(self.status.read())  # the step after, which is over too
             self._save()
         if report.signalled:
-            raise self._interrupted()
+            interrupted = self._interrupted()
+            if self.accelerator.is_main_process:
+                logger.warning(interrupted.message)  # Python itself is silent when a program ends with a status
+            raise interrupted
 
     def _validation_is_due(self) -> bool:
         step = self.state.step
