@@ -35,8 +35,9 @@ from .remote_code import code_files, config_with_code
 logger = logging.get_logger(__name__)
 
 CHECKPOINT_IN_REPO = "last-checkpoint"
-# HTTPError is that of the library which the installed client speaks through; httpx or httpx2.
-_FAILURES = (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError)
+# HTTPError is that of the library which the installed client speaks through, httpx or httpx2; the client raises a bare
+# RuntimeError for a large file that it could not send.
+_FAILURES = (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, RuntimeError)
 
 
 class PushError(RuntimeError):
