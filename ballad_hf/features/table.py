@@ -158,6 +158,13 @@ class FeatureTable:
         features = self.features.to(device=device, dtype=dtype or self.dtype)
         return self._with(features, self.labels.to(device))
 
+    def with_logit_scale(self, logit_scale: float) -> FeatureTable:
+        """The same table with another multiplier of the cosines."""
+        table = self._with(self.shards[0], self.labels)
+        table.shards = self.shards
+        table.logit_scale = float(logit_scale)
+        return table
+
     def select(self, rows: torch.Tensor | np.ndarray | Sequence[int]) -> FeatureTable:
         """A table of these rows, in this order, in memory."""
         rows = torch.as_tensor(rows, dtype=torch.int64)

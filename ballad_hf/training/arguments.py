@@ -205,7 +205,7 @@ class PhaseBArguments:
     """Balanced adapting over cached features (phase B)."""
 
     epochs: int = _option("epochs; 0 leaves the adapter as it is", 10)
-    batch_size: int = _option("features a step", 512)
+    batch_size: int | None = _option("features a step; else 512, or on small data a quarter of the rows")
     learning_rate: float = _option("peak rate of SGD", 0.2)
     momentum: float = _option("of SGD", 0.9)
     weight_decay: float = _option("of SGD, on the adapter's matrix", 5e-4)
@@ -233,7 +233,9 @@ class PhaseBArguments:
         _check_choices(self)
         if self.epochs < 0:
             raise ValueError(f"epochs is {self.epochs}: give 1 or more, or 0 to leave the adapter as it is.")
-        for name in ("batch_size", "samples_per_class", "views"):
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: give 1 or more, or leave it out.")
+        for name in ("samples_per_class", "views"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
@@ -246,6 +248,13 @@ class PhaseBArguments:
             raise ValueError(f"label_smoothing is {self.label_smoothing}: choose a number from 0 to below 1.")
         if not (math.isfinite(self.sampler_power) and self.sampler_power >= 0):
             raise ValueError(f"sampler_power is {self.sampler_power}: 0 draws classes alike, 1 as they occur.")
+
+    def rows_a_step(self, rows: int) -> int:
+        """Rows a step for a training part of so many rows: never more than there are.
+
+        With less than four steps an epoch, ten epochs would be too few steps to learn from.
+        """
+        return min(rows, self.batch_size or min(512, max(1, rows // 4)))
 
 
 @dataclass

@@ -29,18 +29,20 @@ class Arguments(NamedTuple):
         }
 
 
-class _Stage(NamedTuple):
+class Stage(NamedTuple):
+    """One dataclass of arguments: its title in `--help`, and what its names start with there."""
+
     title: str
     prefix: str
     dataclass: type
 
 
 _STAGES = (
-    _Stage("Data", "", DataArguments),
-    _Stage("Model", "", ModelArguments),
-    _Stage("Phase A: continued pretraining", "phase_a_", PhaseAArguments),
-    _Stage("Phase B: balanced adapting", "phase_b_", PhaseBArguments),
-    _Stage("Run", "", RunArguments),
+    Stage("Data", "", DataArguments),
+    Stage("Model", "", ModelArguments),
+    Stage("Phase A: continued pretraining", "phase_a_", PhaseAArguments),
+    Stage("Phase B: balanced adapting", "phase_b_", PhaseBArguments),
+    Stage("Run", "", RunArguments),
 )
 # A recipe stands for data and model together: who names either, chooses for himself.
 _CHOOSES_THE_RECIPE = ("--config", "--dataset", "--model_name_or_path", "--model-name-or-path")
@@ -67,7 +69,7 @@ def parse_arguments(
     >>> parsed.data.dataset, parsed.model.adapter_ratio
     ('photos', 0.3)
     """
-    parser = HfArgumentParser([_on_the_command_line(stage) for stage in _STAGES], description=description)
+    parser = HfArgumentParser([on_the_command_line(stage) for stage in _STAGES], description=description)
     parser.add_argument("--config", metavar="FILE", help="YAML file of these arguments; the command line goes on top")
     config = parser.parse_known_args(arguments)[0].config
     if config is None and not any(_names(argument) for argument in arguments):
@@ -75,14 +77,14 @@ def parse_arguments(
     if config is not None:
         parser.set_defaults(**_read_config(Path(config), {action.dest for action in parser._actions}))
     parsed = vars(parser.parse_args(arguments))
-    return Arguments(*(_build(stage, parsed) for stage in _STAGES))
+    return Arguments(*(build_stage(stage, parsed) for stage in _STAGES))
 
 
 def _names(argument: str) -> bool:
     return argument.split("=", 1)[0] in _CHOOSES_THE_RECIPE
 
 
-def _on_the_command_line(stage: _Stage) -> type:
+def on_the_command_line(stage: Stage) -> type:
     """A twin of the stage's dataclass whose fields carry the prefix, for the parser alone: it checks nothing."""
     fields = []
     for field in dataclasses.fields(stage.dataclass):
@@ -118,6 +120,7 @@ def _read_config(file: Path, known: set[str]) -> dict[str, Any]:
     }
 
 
-def _build(stage: _Stage, parsed: dict[str, Any]) -> Any:
+def build_stage(stage: Stage, parsed: dict[str, Any]) -> Any:
+    """The stage's own dataclass, which checks its values, from the parsed names."""
     names = [field.name for field in dataclasses.fields(stage.dataclass)]
     return stage.dataclass(**{name: parsed[stage.prefix + name] for name in names})

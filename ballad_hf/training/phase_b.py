@@ -117,7 +117,7 @@ def train_phase_b(
     stack = AdapterStack.start(
         start[None], [model.config.adapter_ratio], [arguments.learning_rate], [model.logit_scale.item()]
     )
-    batches = TableBatches(table, row_order(table, arguments, seed), arguments.batch_size)
+    batches = TableBatches(table, row_order(table, arguments, seed), arguments.rows_a_step(table.rows))
     loss = build_classification_loss(arguments.loss, table.class_counts, label_smoothing=arguments.label_smoothing).to(
         device
     )
@@ -201,7 +201,8 @@ def row_order(table: FeatureTable, arguments: PhaseBArguments, seed: int) -> Cal
     labels = table.labels.cpu().numpy()
     sampler: samplers.EpochSampler
     if arguments.sampler == "class_aware":
-        sampler = samplers.ClassAwareSampler(labels, samples_per_class=arguments.samples_per_class, seed=seed)
+        largest = int(table.labels.bincount().max())
+        sampler = samplers.ClassAwareSampler(labels, min(arguments.samples_per_class, largest), seed=seed)
     elif arguments.sampler == "power":
         sampler = samplers.PowerSampler(labels, power=arguments.sampler_power, seed=seed)
     else:

@@ -43,6 +43,10 @@ _FEWEST_FINISHED = 8
 _STEP_NUMBERS = {"cpu": 2**20, "cuda": 2**27}
 
 
+def _axis(help: str, *values: Any) -> Any:
+    return field(default_factory=lambda: list(values), metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class SweepSpace:
     """The grid: each setting of one list with each of the others. An empty list leaves the one value it had.
@@ -66,12 +70,12 @@ class SweepSpace:
     (4, {'ratio': 0.2, 'learning_rate': 0.02})
     """
 
-    ratios: Sequence[float] = (0.2, 0.5)
-    learning_rates: Sequence[float] = (0.02, 0.2)
-    losses: Sequence[str] = ("cross_entropy", "logit_adjustment")
-    sampler_powers: Sequence[float] = (0.0, 0.5, 1.0)
-    logit_scales: Sequence[float] = ()
-    adapter_starts: Sequence[str] = ()
+    ratios: list[float] = _axis("weights of the adapter in training", 0.2, 0.5)
+    learning_rates: list[float] = _axis("peak rates of SGD", 0.02, 0.2)
+    losses: list[str] = _axis("classification losses", "cross_entropy", "logit_adjustment")
+    sampler_powers: list[float] = _axis("exponents of the power sampler: 0 balanced, 1 as is", 0.0, 0.5, 1.0)
+    logit_scales: list[float] = _axis("multipliers of the cosines; else the model's own")
+    adapter_starts: list[str] = _axis("'model', 'identity' or 'random'; else that of phase B")
 
     def __post_init__(self):
         _check_all("ratios", self.ratios, lambda value: 0 < value <= 1, "above 0 and no more than 1")
@@ -91,8 +95,8 @@ class SweepSpace:
         for values in itertools.product(*axes.values()):
             yield dict(zip(axes, values, strict=True))
 
-    def _axes(self) -> dict[str, Sequence[Any]]:
-        axes = {
+    def _axes(self) -> dict[str, list[Any]]:
+        axes: dict[str, list[Any]] = {
             "ratio": self.ratios,
             "learning_rate": self.learning_rates,
             "loss": self.losses,
@@ -246,7 +250,12 @@ def sweep_phase_b(
     if "logit_scale" in best.settings:
         model.config.logit_scale = best.logit_scale
     if test is not None:
-        result.test = _test(test, result, table)
+        result.test = evaluate(
+            test.with_logit_scale(best.logit_scale),
+            adapter=best.weight,
+            adapter_ratio=result.chosen.ratio,
+            train_counts=table.class_counts.numpy(),
+        )
     result.seconds = time.perf_counter() - started
     return result
 
@@ -351,7 +360,7 @@ def _groups(
     for trial in trials:
         key = trial.settings.get("sampler_power"), trial.settings.get("loss", arguments.loss)
         together.setdefault(key, []).append(trial)
-    batch_size = min(arguments.batch_size, table.rows)
+    batch_size = arguments.rows_a_step(table.rows)
     numbers = _STEP_NUMBERS["cuda" if device.type == "cuda" else "cpu"]
     most = max(1, numbers // (batch_size * max(table.classes, table.dim)))
     groups = []
@@ -359,7 +368,7 @@ def _groups(
         sampled = {} if power is None else {"sampler": "power", "sampler_power": power}
         own = dataclasses.replace(arguments, loss=loss_name, **sampled)
         if power not in batches:
-            batches[power] = TableBatches(table, row_order(table, own, seed), own.batch_size)
+            batches[power] = TableBatches(table, row_order(table, own, seed), batch_size)
         loss = build_classification_loss(loss_name, table.class_counts, label_smoothing=own.label_smoothing).to(device)
         for start in range(0, len(members), most):
             groups.append(_Group(members[start : start + most], own, batches[power], loss, device))
@@ -394,12 +403,6 @@ def _frontier(
             points.append(FrontierPoint(ratio, scored.of(index), settings if ratio else {}))
             owners.append(trial)
     return Frontier(points), owners
-
-
-def _test(test: FeatureTable, result: SweepResult, table: FeatureTable) -> LongTailMetrics:
-    return evaluate(
-        test, adapter=result.weight, adapter_ratio=result.chosen.ratio, train_counts=table.class_counts.numpy()
-    )
 
 
 def _check_all(name: str, values: Sequence[Any], fits: Callable[[Any], bool], choices: str) -> None:

@@ -1,0 +1,227 @@
+"""Sweep phase B over a saved Ballad and a data set, and save the best of it as a new Ballad.
+
+    python -m ballad_hf.training.sweep_command outputs/digits
+    python -m ballad_hf.training.sweep_command outputs/mine --dataset path/to/pictures --losses cross_entropy ldam
+    python -m ballad_hf.training.sweep_command outputs/mine --dataset path/to/pictures --ratio_only true
+
+The features are extracted once, each setting trains a matrix, and everything is chosen on the validation part. The new
+folder holds the model with its tokenizer and image processor, the frontier as JSON and as a picture, and `sweep.json`
+with every setting and the result on the test part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
+
+from ..data.sources import load_splits
+from ..data.transforms import five_crop_transform, train_transform
+from ..evaluation.evaluate import evaluate
+from ..evaluation.frontier_plot import save_frontier
+from ..evaluation.metrics import LongTailMetrics
+from ..evaluation.relabel import relabel
+from ..evaluation.table import metrics_table
+from ..features.extraction import extract_features
+from ..features.table import FeatureTable
+from ..models.modeling_ballad import BalladForImageClassification
+from .arguments import DataArguments, PhaseBArguments
+from .command_line import Stage, build_stage, on_the_command_line
+from .heads import compare_heads, head_metrics
+from .sweep import SweepResult, SweepSpace, move_ratio, sweep_phase_b
+
+
+_PHASE_B = Stage("Phase B: what the grid leaves open", "phase_b_", PhaseBArguments)
+
+
+@dataclass
+class SweepArguments:
+    """What is swept, and where the result goes."""
+
+    model: str = field(metadata={"help": "folder of a bundle, or its name on the Hub"})
+    output_dir: str = field(default="", metadata={"help": "a new folder; else outputs/sweep/NAME"})
+    most_points: int | None = field(default=None, metadata={"help": "draw so many settings of the grid, not all"})
+    halving: bool = field(default=False, metadata={"help": "drop the weaker half after epochs 1, 2, 4, ..."})
+    ratio_only: bool = field(default=False, metadata={"help": "train nothing: move the ratio of the adapter it has"})
+    by: Literal["mean_class", "overall", "many", "medium", "few"] = field(
+        default="mean_class", metadata={"help": "validation accuracy that is to be highest"}
+    )
+    least_many: float | None = field(default=None, metadata={"help": "lowest many-shot accuracy to put up with"})
+    least_few: float | None = field(default=None, metadata={"help": "lowest few-shot accuracy to put up with"})
+    heads: bool = field(default=False, metadata={"help": "fit rival heads on the same features, for comparison"})
+    five_crop: bool = field(default=False, metadata={"help": "average five crops of validation and test pictures"})
+    horizontal_flip: float = field(default=0.5, metadata={"help": "share of augmented views that are mirrored"})
+    feature_cache_dir: str | None = field(default=None, metadata={"help": "folder that keeps features across runs"})
+    batch_size: int = field(default=128, metadata={"help": "pictures a step and process, for the features"})
+    num_workers: int = field(default=0, metadata={"help": "processes that read pictures"})
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = field(default=None, metadata={"help": "autocast"})
+    seed: int = field(default=0, metadata={"help": "as in training, so that the same validation part is split off"})
+
+    def __post_init__(self):
+        for name in ("least_many", "least_few"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}: give an accuracy as a fraction from 0 to 1.")
+        if not self.output_dir:
+            self.output_dir = str(Path("outputs", "sweep", Path(self.model).name))
+
+    @property
+    def at_least(self) -> dict[str, float]:
+        """The bounds that were given, by group."""
+        bounds = {"many": self.least_many, "few": self.least_few}
+        return {group: value for group, value in bounds.items() if value is not None}
+
+
+def main(command_line: Sequence[str] | None = None) -> Path:
+    """Run the command.
+
+    Args:
+        command_line: what stands behind the program's name; default: that of this process.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        FileExistsError: it holds something.
+    """
+    data, phase_b, space, options = _parse(list(sys.argv[1:] if command_line is None else command_line))
+    folder = Path(options.output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not an empty folder: choose another --output_dir.")
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    model = BalladForImageClassification.from_pretrained(options.model)
+    image_processor = AutoImageProcessor.from_pretrained(options.model)
+    with accelerator.main_process_first():
+        splits = load_splits(**vars(data), seed=options.seed)
+    tables = _tables(model, splits, image_processor, phase_b, options, accelerator)
+    if not accelerator.is_main_process:
+        return folder
+    test = tables["validation" if tables["test"] is None else "test"]
+    counts = tables["train"].class_counts
+    scored = {"before": _metrics(model, test)}
+    choice: dict[str, Any] = {"by": options.by, "at_least": options.at_least}
+    result = None
+    if options.ratio_only:
+        frontier = move_ratio(model, tables["validation"], **choice)
+    else:
+        result = sweep_phase_b(
+            model,
+            tables["train"],
+            tables["validation"],
+            space,
+            phase_b,
+            most_points=options.most_points,
+            halving=options.halving,
+            seed=options.seed,
+            device=accelerator.device,
+            **choice,
+        )
+        frontier = result.frontier
+    scored["chosen"] = _metrics(model, test)
+    heads = compare_heads(tables["train"], tables["validation"], seed=options.seed) if options.heads else {}
+    rivals = {name: head_metrics(test, found.head, counts) for name, found in heads.items()}
+    _save(folder, model, image_processor, options.model)
+    save_frontier(frontier, folder)
+    _write_record(folder / "sweep.json", options, phase_b, space, result, {**scored, **rivals})
+    part = "validation" if tables["test"] is None else "test"
+    _say(f"\nThe frontier on {len(tables['validation'])} validation pictures, accuracy in percent\n")
+    _say(frontier.table())
+    _say(f"\n{splits.name}: accuracy on {len(test)} {part} pictures, in percent\n")
+    if rivals:
+        _say(metrics_table(rivals).rsplit("\n", 1)[0] + "\n")  # without a gain, as they are no stages
+    _say(f"{metrics_table(scored)}\n\nSaved in {folder}")
+    return folder
+
+
+def _parse(command_line: list[str]) -> tuple[DataArguments, PhaseBArguments, SweepSpace, SweepArguments]:
+    # The model comes first on the command line, without a name.
+    if command_line and not command_line[0].startswith("-"):
+        command_line = ["--model", *command_line]
+    parser = HfArgumentParser(
+        [DataArguments, on_the_command_line(_PHASE_B), SweepSpace, SweepArguments],
+        prog="python -m ballad_hf.training.sweep_command",
+        description=(__doc__ or "").split("\n")[0],
+    )
+    data, prefixed, space, options = parser.parse_args_into_dataclasses(command_line)
+    return data, build_stage(_PHASE_B, vars(prefixed)), space, options
+
+
+def _tables(
+    model, splits, image_processor, phase_b: PhaseBArguments, options: SweepArguments, accelerator
+) -> dict[str, Any]:
+    """The feature table of each part; `None` for a test part that there is not."""
+    common = {
+        "batch_size": options.batch_size,
+        "num_workers": options.num_workers,
+        "seed": options.seed,
+        "cache_dir": options.feature_cache_dir,
+        "accelerator": accelerator,
+    }
+    plain: dict[str, Any] = {"image_processor": image_processor}
+    if options.five_crop:
+        plain = {"transform": five_crop_transform(image_processor), "views": 5}
+    names = model.config.class_names
+    train = relabel(splits.train, names)
+    model.config.class_counts = train.class_counts.tolist()
+    augmented: dict[str, Any] = {"image_processor": image_processor}
+    if phase_b.views > 1:
+        transform = train_transform(image_processor, horizontal_flip=options.horizontal_flip)
+        augmented = {"transform": transform, "views": phase_b.views}
+    tables: dict[str, Any] = {"train": extract_features(model, train, **augmented, **common)}
+    for part in ("validation", "test"):
+        split = getattr(splits, part)
+        tables[part] = None if split is None else extract_features(model, relabel(split, names), **plain, **common)
+    return tables
+
+
+def _metrics(model: BalladForImageClassification, table: FeatureTable) -> LongTailMetrics:
+    return evaluate(
+        table.with_logit_scale(model.logit_scale.item()),
+        adapter=model.adapter.linear.weight.detach(),
+        adapter_ratio=model.config.adapter_ratio,
+        train_counts=model.config.class_counts,
+    )
+
+
+def _save(folder: Path, model: BalladForImageClassification, image_processor, source: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    image_processor.save_pretrained(folder)
+    if model.config.has_text_tower:
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def _write_record(
+    file: Path,
+    options: SweepArguments,
+    phase_b: PhaseBArguments,
+    space: SweepSpace,
+    result: SweepResult | None,
+    scored: dict[str, LongTailMetrics],
+) -> None:
+    trials = [] if result is None else result.trials
+    fields = ("settings", "accuracies", "best_epoch", "epochs", "diverged")
+    record = {
+        "options": vars(options),
+        "phase_b": vars(phase_b),
+        "space": dataclasses.asdict(space),
+        "seconds": None if result is None else result.seconds,
+        "trials": [{name: getattr(trial, name) for name in fields} for trial in trials],
+        "results": {name: metrics.to_dict() for name, metrics in scored.items()},
+    }
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
