@@ -21,6 +21,13 @@ def test_the_rows_of_each_class_are_those_with_its_label(labels):
         assert index.counts[place] == len(expected)
 
 
+def test_more_rows_than_are_sorted_at_a_time():
+    labels = np.random.default_rng(0).integers(-3, 4000, 600_000)
+    index = ClassIndex(labels)
+    assert np.array_equal(index.members, np.argsort(labels, kind="stable"))
+    assert np.array_equal(index.counts, np.unique(labels, return_counts=True)[1])
+
+
 def test_gaps_and_small_types_of_integer():
     index = ClassIndex(np.array([200, 3, 200, 255], dtype=np.uint8))
     assert index.classes.tolist() == [3, 200, 255]

@@ -8,7 +8,7 @@ stopped, and 10 million labels cost little more memory than one array of row num
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -192,7 +192,8 @@ class ClassWeightSampler(EpochSampler):
 
     Args:
         labels: (n,) integer labels, of any range, with gaps or not.
-        class_weights: (classes,) share of each class that occurs, in the order of the labels; any positive scale.
+        class_weights: (classes,) share of each class that occurs, in the order of the labels, in any scale; or a
+            function that makes them of the classes' counts.
         length: rows an epoch; default: as many as there are labels.
         multiple_of: the length is rounded down to a multiple of this, such as the global batch.
         seed: of every choice.
@@ -210,7 +211,7 @@ class ClassWeightSampler(EpochSampler):
     def __init__(
         self,
         labels: Sequence[int] | np.ndarray,
-        class_weights: Sequence[float] | np.ndarray,
+        class_weights: Sequence[float] | np.ndarray | Callable[[np.ndarray], np.ndarray],
         *,
         length: int | None = None,
         multiple_of: int = 1,
@@ -218,6 +219,8 @@ class ClassWeightSampler(EpochSampler):
     ):
         self._index = ClassIndex(labels)
         super().__init__(len(self._index.members) if length is None else length, multiple_of, seed)
+        if callable(class_weights):
+            class_weights = class_weights(self._index.counts)
         self.class_weights = self._checked_weights(class_weights)
 
     def _checked_weights(self, class_weights: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -285,9 +288,13 @@ class PowerSampler(ClassWeightSampler):
     ):
         if not 0 <= power < np.inf:
             raise ValueError(f"power is {power}: choose 0 (balanced) to 1 (as they occur), or a finite number above.")
-        array = checked_labels(labels)
-        counts = ClassIndex(array).counts
-        super().__init__(array, counts.astype(np.float64) ** power, length=length, multiple_of=multiple_of, seed=seed)
+        super().__init__(
+            labels,
+            lambda counts: counts.astype(np.float64) ** power,
+            length=length,
+            multiple_of=multiple_of,
+            seed=seed,
+        )
         self.power = power
 
 
@@ -327,9 +334,7 @@ class ProgressiveSampler(ClassWeightSampler):
     ):
         if epochs < 1:
             raise ValueError(f"epochs is {epochs}: give 1 or more.")
-        array = checked_labels(labels)
-        counts = ClassIndex(array).counts
-        super().__init__(array, counts, length=length, multiple_of=multiple_of, seed=seed)
+        super().__init__(labels, lambda counts: counts, length=length, multiple_of=multiple_of, seed=seed)
         self.epochs = epochs
 
     def _epoch_weights(self) -> np.ndarray:

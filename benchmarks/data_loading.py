@@ -1,0 +1,144 @@
+"""Pictures a second through the training transform, beside a plain pipeline and the tower that waits for them.
+
+    python benchmarks/data_loading.py
+
+Photograph-like JPEGs are made in a temporary folder: 500 x 375 pixels, as ImageNet has on average, and 4000 x 3000, as
+phones take them. The plain pipeline is what is commonly written per picture: open, convert, crop, resize, flip,
+jitter, to floats, normalise; with the same random numbers. The tower is CLIP's ViT-B/32, random weights, float32.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from torch.utils.data import DataLoader, Dataset
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from ballad_hf.data.loaders import train_loader
+from ballad_hf.data.picture_stores import FilePictures
+from ballad_hf.data.samplers import Draw, InstanceSampler
+from ballad_hf.data.splits import ImageSplit
+from ballad_hf.data.transforms import TrainTransform, _random_box, evaluation_transform, train_transform
+
+
+BATCH_SIZE = 16
+
+
+class PlainPipeline(Dataset):
+    """Step by step, each over the whole picture before it."""
+
+    def __init__(self, split: ImageSplit, transform: TrainTransform):
+        self.split, self.transform = split, transform
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, draw: Draw):
+        kind, rng = self.transform.pixel_format, np.random.default_rng(draw.seed)
+        pictures = self.split._pictures
+        with Image.open(pictures.path(int(self.split._rows[draw.index]))) as file:
+            picture = file.convert("RGB")
+        picture = picture.crop(_random_box(*picture.size, self.transform.scale, rng))
+        picture = picture.resize((kind.width, kind.height), Image.Resampling.BICUBIC)
+        if rng.random() < self.transform.horizontal_flip:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        factors = rng.uniform(0.6, 1.4, 3)
+        enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        for which in rng.permutation(3):
+            picture = enhancers[which](picture).enhance(factors[which])
+        pixel_values = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(255)
+        pixel_values = (pixel_values - torch.tensor(kind.mean)[:, None, None]) / torch.tensor(kind.std)[:, None, None]
+        return {"pixel_values": pixel_values, "labels": 0, "index": draw.index}
+
+
+def make_pictures(folder: Path, count: int, size: tuple[int, int]) -> ImageSplit:
+    """Smooth shapes with grain, JPEG quality 90."""
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+            size, Image.Resampling.BICUBIC
+        )
+        grain = rng.normal(0, 8, (size[1], size[0], 1)).astype(np.float32)
+        Image.fromarray(np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8)).save(
+            folder / f"{index}.jpg", quality=90
+        )
+    store = FilePictures(folder, [f"{index}.jpg" for index in range(count)])
+    return ImageSplit(store, np.zeros(count, dtype=np.int64), ["picture"])
+
+
+def rate(loader: DataLoader, repeats: int = 3) -> float:
+    """Pictures a second, the best of several passes; the workers are there before the clock starts."""
+    list(loader)
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        pictures = sum(len(batch["index"]) for batch in loader)
+        best = max(best, pictures / (time.perf_counter() - start))
+    return best
+
+
+def tower_rate(repeats: int = 5) -> float:
+    tower = CLIPVisionModelWithProjection(CLIPVisionConfig()).eval()
+    pixel_values = torch.zeros(BATCH_SIZE, 3, 224, 224)
+    best = 0.0
+    with torch.no_grad():
+        for _ in range(repeats):
+            start = time.perf_counter()
+            tower(pixel_values=pixel_values)
+            best = max(best, BATCH_SIZE / (time.perf_counter() - start))
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pictures", type=int, default=320, help="of 500 x 375; a tenth of that of 4000 x 3000")
+    arguments = parser.parse_args()
+    image_processor = CLIPImageProcessorPil()
+    transform = train_transform(image_processor)
+    print(f"tower (ViT-B/32, forward only, {torch.get_num_threads()} threads): {tower_rate():.0f} pictures a second")
+    for size, count in (((500, 375), arguments.pictures), ((4000, 3000), arguments.pictures // 10)):
+        with tempfile.TemporaryDirectory() as folder:
+            split = make_pictures(Path(folder), count, size)
+            for workers in (1, 2):
+                sampler = InstanceSampler(split.labels)
+                ours = train_loader(split.with_transform(transform), sampler, BATCH_SIZE, num_workers=workers)
+                plain = DataLoader(
+                    PlainPipeline(split, transform),
+                    BATCH_SIZE,
+                    sampler=ours.sampler,
+                    num_workers=workers,
+                    persistent_workers=True,
+                )
+                quick, slow = rate(ours), rate(plain)
+                print(
+                    f"{size[0]} x {size[1]}, {workers} workers: {quick:.0f} pictures a second, plain pipeline "
+                    f"{slow:.0f}: {quick / slow:.2f} times as many"
+                )
+            picture = split.image(0)
+            ours_takes = seconds(evaluation_transform(image_processor), picture) * 1e3
+            processor_takes = seconds(image_processor, picture, return_tensors="pt") * 1e3
+            print(
+                f"{size[0]} x {size[1]}, evaluation of a decoded picture: {ours_takes:.1f} ms, image processor "
+                f"{processor_takes:.1f} ms: {processor_takes / ours_takes:.2f} times as long"
+            )
+
+
+def seconds(call: Callable, *arguments: Any, repeats: int = 20, **options: Any) -> float:
+    """The quickest of several calls."""
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call(*arguments, **options)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+if __name__ == "__main__":
+    main()
