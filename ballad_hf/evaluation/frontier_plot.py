@@ -11,7 +11,7 @@ from .frontier import Frontier
 from .plot_style import BLUE, GREY, INK, VERMILION, draw, save_figure
 
 
-_PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
+_PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f} %" if -1e-9 <= value <= 1 + 1e-9 else "")
 
 
 def plot_frontier(frontier: Frontier) -> Figure:
@@ -37,7 +37,12 @@ def plot_frontier(frontier: Frontier) -> Figure:
         if frontier.chosen is not None:
             point = frontier.points[frontier.chosen]
             axes.scatter(
-                *pairs[frontier.chosen], s=170, marker="*", color=VERMILION, zorder=3, label=f"chosen: {point.ratio:g}"
+                *pairs[frontier.chosen],
+                s=170,
+                marker="*",
+                color=VERMILION,
+                zorder=3,
+                label=f"chosen, ratio {point.ratio:g}",
             )
         axes.set(title="Head against tail", xlabel="accuracy, many-shot classes", ylabel="accuracy, few-shot classes")
         axes.xaxis.set_major_formatter(_PERCENT)
