@@ -1,0 +1,211 @@
+"""The zero-shot pipeline that keeps text features, against the stock one."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import SiglipConfig, SiglipModel, pipeline
+from transformers.pipelines import ZeroShotImageClassificationPipeline
+
+import ballad_hf
+from ballad_hf.inference import TASK, CachedZeroShotImageClassificationPipeline
+
+
+LABELS = ["a cat", "a dog", "a red bus", "an owl"]
+
+
+def picture(seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+
+
+def by_label(rows) -> dict[str, float]:
+    return {row["label"]: row["score"] for row in rows}
+
+
+@pytest.fixture
+def text_calls(monkeypatch):
+    """How many texts each call of the text tower got."""
+    calls: list[int] = []
+
+    def watch(model):
+        encode = model.get_text_features
+
+        def counted(*args, **kwargs):
+            calls.append(len(kwargs["input_ids"]))
+            return encode(*args, **kwargs)
+
+        monkeypatch.setattr(model, "get_text_features", counted)
+        return calls
+
+    return watch
+
+
+@pytest.fixture
+def classify(tiny_ballad, tiny_clip):
+    return CachedZeroShotImageClassificationPipeline(
+        tiny_ballad, tiny_clip.tokenizer, image_processor=tiny_clip.image_processor
+    )
+
+
+@pytest.mark.parametrize("kind", ["ballad", "clip", "siglip"])
+def test_scores_are_those_of_the_stock_pipeline(kind, tiny_ballad, tiny_clip):
+    model = tiny_ballad if kind == "ballad" else tiny_clip.clip
+    if kind == "siglip":
+        tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+        text = {**tower, **ids, "vocab_size": len(tiny_clip.tokenizer), "max_position_embeddings": 64}
+        config = SiglipConfig(text_config=text, vision_config={**tower, "image_size": 32, "patch_size": 8})
+        torch.manual_seed(0)
+        model = SiglipModel(config).eval()
+    tokenizer = copy.deepcopy(tiny_clip.tokenizer)
+    tokenizer.model_max_length = model.config.text_config.max_position_embeddings
+    feeds = {"tokenizer": tokenizer, "image_processor": tiny_clip.image_processor}
+    stock = ZeroShotImageClassificationPipeline(model=model, **feeds)
+    ours = CachedZeroShotImageClassificationPipeline(model, **feeds)
+    given = {"candidate_labels": LABELS, "hypothesis_template": "a photo of {}."}
+    pictures = [picture(seed) for seed in range(3)]
+    expected = stock(pictures, **given)
+    for batch_size in (1, 2):
+        for mine, theirs in zip(ours(pictures, batch_size=batch_size, **given), expected, strict=True):
+            assert by_label(mine) == pytest.approx(by_label(theirs), abs=1e-5)
+            assert [row["label"] for row in mine] == [row["label"] for row in theirs]
+
+
+def test_the_default_template_is_the_stock_one_for_a_model_that_names_none(tiny_clip):
+    feeds = {"tokenizer": tiny_clip.tokenizer, "image_processor": tiny_clip.image_processor}
+    stock = ZeroShotImageClassificationPipeline(model=tiny_clip.clip, **feeds)
+    ours = CachedZeroShotImageClassificationPipeline(tiny_clip.clip, **feeds)
+    mine, theirs = (classify(picture(), candidate_labels=LABELS) for classify in (ours, stock))
+    assert by_label(mine) == pytest.approx(by_label(theirs), abs=1e-5)
+
+
+def test_a_label_is_encoded_once_however_often_it_is_asked_for(classify, text_calls):
+    calls = text_calls(classify.model.clip)
+    classify([picture(seed) for seed in range(4)], candidate_labels=LABELS)
+    assert calls == [4]
+    classify(picture(), candidate_labels=[*LABELS[2:], "a tram"])  # two known, one new
+    assert calls == [4, 1]
+    classify(picture(), candidate_labels=LABELS, templates=["a {}.", "the {}."])
+    assert calls == [4, 1, 8]
+    classify.clear_cache()
+    classify(picture(), candidate_labels=LABELS)
+    assert calls == [4, 1, 8, 4]
+
+
+def test_a_changed_text_tower_is_noticed(classify):
+    before = by_label(classify(picture(), candidate_labels=LABELS))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        weight = classify.model.clip.text_projection.weight
+        weight.copy_(torch.randn(weight.shape, generator=generator))
+    after = by_label(classify(picture(), candidate_labels=LABELS))
+    fresh = CachedZeroShotImageClassificationPipeline(
+        classify.model, classify.tokenizer, image_processor=classify.image_processor
+    )
+    assert after == by_label(fresh(picture(), candidate_labels=LABELS)) != before
+
+
+def test_stored_classes_need_no_text_tower(classify, text_calls):
+    calls = text_calls(classify.model.clip)
+    with torch.no_grad():
+        pixel_values = classify.image_processor(picture(), return_tensors="pt").pixel_values
+        expected = classify.model(pixel_values).logits[0].softmax(-1).tolist()
+    names = classify.model.config.class_names
+    assert by_label(classify(picture())) == pytest.approx(dict(zip(names, expected, strict=True)), abs=1e-6)
+    classify.model.remove_text_tower()
+    assert by_label(classify(picture())) == pytest.approx(dict(zip(names, expected, strict=True)), abs=1e-6)
+    assert calls == []
+    with pytest.raises(ValueError, match="without its text tower"):
+        classify(picture(), candidate_labels=LABELS)
+
+
+def test_several_templates_are_averaged(classify):
+    templates = ["a photo of a {}.", "a drawing of a {}."]
+    embeds = torch.stack([classify.text_embeds(LABELS, [template]) for template in templates]).mean(0)
+    expected = torch.nn.functional.normalize(embeds, dim=-1)
+    torch.testing.assert_close(classify.text_embeds(LABELS, templates), expected)
+
+
+def test_the_prior_dial_moves_odds_by_the_weights(classify):
+    even = by_label(classify(picture()))
+    names = classify.model.config.class_names
+    tilted = by_label(classify(picture(), target_prior=[6, 1, 1, 1, 1]))
+    odds = (tilted[names[0]] / tilted[names[1]]) / (even[names[0]] / even[names[1]])
+    assert odds == pytest.approx(6, rel=1e-4)
+    typed = {"candidate_labels": ["cat", "dog"]}
+    before, after = by_label(classify(picture(), **typed)), by_label(classify(picture(), target_prior=[1, 3], **typed))
+    assert (after["dog"] / after["cat"]) / (before["dog"] / before["cat"]) == pytest.approx(3, rel=1e-4)
+    with pytest.raises(ValueError, match="one weight a class"):
+        classify(picture(), target_prior=[1, 2, 3], **typed)
+
+
+def test_top_k_and_order(classify):
+    rows = classify(picture(), candidate_labels=LABELS, top_k=2)
+    every = classify(picture(), candidate_labels=LABELS)
+    assert rows == every[:2]
+    assert [row["score"] for row in every] == sorted((row["score"] for row in every), reverse=True)
+    assert sum(row["score"] for row in every) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_label_that_is_too_long_is_cut_with_a_warning(classify, caplog):
+    from transformers.utils import logging
+
+    long = "cat " * 200
+    logging.enable_propagation()
+    try:
+        rows = classify(picture(), candidate_labels=[long, "dog"])
+    finally:
+        logging.disable_propagation()
+    assert {row["label"] for row in rows} == {long, "dog"}
+    assert "were cut" in caplog.text
+
+
+def test_an_unreadable_picture_is_named_and_the_others_go_on(classify, tmp_path):
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    picture().save(good)
+    bad.write_bytes(good.read_bytes()[:60])
+    inputs = [str(good), str(bad), str(tmp_path / "missing.png"), str(good)]
+    for batch_size in (1, 4):
+        rows = classify(inputs, candidate_labels=LABELS, on_unreadable="skip", batch_size=batch_size)
+        assert [len(row) for row in rows] == [4, 0, 0, 4]
+        assert by_label(rows[0]) == pytest.approx(by_label(rows[3]), abs=1e-6)
+    with pytest.raises(ValueError, match=r"Can't read the picture .*bad\.png"):
+        classify(inputs, candidate_labels=LABELS)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"candidate_labels": []}, "class_names is empty"),
+        ({"candidate_labels": ["a", " "]}, r"positions \[1\]"),
+        ({"candidate_labels": ["a", "b", "a"]}, "more than once: a"),
+        ({"candidate_labels": "cat"}, "single string"),
+        ({"hypothesis_template": "a photo"}, "exactly once"),
+        ({"templates": "a {}."}, "single string"),
+        ({"templates": ["a {}."], "hypothesis_template": "a {}."}, "not both"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"on_unreadable": "ignore"}, "'raise' or 'skip'"),
+    ],
+)
+def test_bad_input_is_refused_by_name(classify, given, says):
+    with pytest.raises(ValueError, match=says):
+        classify(picture(), **given)
+
+
+def test_a_model_without_stored_classes_asks_for_labels(tiny_clip):
+    classify = CachedZeroShotImageClassificationPipeline(
+        copy.deepcopy(tiny_clip.clip), tiny_clip.tokenizer, image_processor=tiny_clip.image_processor
+    )
+    with pytest.raises(ValueError, match="stores no classes: give the labels"):
+        classify(picture())
+
+
+def test_the_task_loads_a_folder_by_its_name(tiny_ballad, tiny_clip, tmp_path):
+    folder = ballad_hf.save_bundle(tmp_path / "bundle", tiny_ballad, tiny_clip.tokenizer, tiny_clip.image_processor)
+    classify = pipeline(TASK, model=str(folder))
+    assert isinstance(classify, CachedZeroShotImageClassificationPipeline)
+    assert {row["label"] for row in classify(picture())} == set(tiny_ballad.config.class_names)
+    generator = (picture(seed) for seed in range(3))
+    assert len(list(classify(generator, candidate_labels=LABELS, batch_size=2))) == 3
