@@ -1,0 +1,253 @@
+"""Phase B: the official update to the step, the same as through the towers, repeatable, and what it refuses."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ballad_hf import ClassAwareSampler, FeatureTable, load_splits, train_phase_b
+from ballad_hf.features.extraction import extract_features
+from ballad_hf.training.arguments import PhaseBArguments
+from ballad_hf.training.phase_b import NonFiniteLossError, adapter_start, kept_close
+
+
+COUNTS = (60, 30, 12, 6, 4)
+
+
+def table_for(model, rows_of=COUNTS, noise=1.0, seed=0, views=1, **kwargs) -> FeatureTable:
+    """Rows around the class embeddings, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(rows_of)).repeat_interleave(torch.tensor(rows_of))
+    dim = model.config.projection_dim
+    # Classes lie where their texts are not: the adapter has to turn them.
+    centres = torch.randn(len(rows_of), dim, generator=torch.Generator().manual_seed(99))
+    features = centres[labels][:, None] + noise * torch.randn(len(labels), views, dim, generator=generator)
+    return FeatureTable(features, labels, model.class_embeds, logit_scale=model.logit_scale.item(), **kwargs)
+
+
+def weight_of(model) -> torch.Tensor:
+    return model.adapter.linear.weight.detach().clone()
+
+
+def official_updates(features, labels, text, weight, ratio, scale, orders, batch, rate):
+    """The official code's phase B written anew: a linear layer, two features mixed, torch's SGD, a rate each step."""
+    layer = nn.Linear(*weight.shape[::-1], bias=False)
+    layer.weight.data.copy_(weight)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
+    batches = [order[i : i + batch] for order in orders for i in range(0, len(order) - batch + 1, batch)]
+    for step, rows in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
+        image = ratio * layer(features[rows]) + (1 - ratio) * features[rows]
+        image = image / image.norm(dim=-1, keepdim=True)
+        loss = F.cross_entropy(scale * image @ text.t(), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return layer.weight.detach(), len(batches)
+
+
+@pytest.mark.parametrize(("start", "rate"), [("model", 0.2), ("identity", 0.2), ("random", 0.02)])
+def test_steps_are_those_of_the_official_update(tiny_ballad, start, rate):
+    table = table_for(tiny_ballad)
+    model = copy.deepcopy(tiny_ballad)
+    first = adapter_start(start, tiny_ballad.adapter.linear.weight, seed=5)
+    sampler = ClassAwareSampler(table.labels.numpy(), samples_per_class=4, seed=5)
+    orders = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    expected, steps = official_updates(
+        table.features[:, 0],
+        table.labels,
+        table.class_embeds,
+        first,
+        tiny_ballad.config.adapter_ratio,
+        table.logit_scale,
+        orders,
+        batch=16,
+        rate=rate,
+    )
+    arguments = PhaseBArguments(epochs=4, batch_size=16, learning_rate=rate, adapter_start=start)
+    result = train_phase_b(model, table, arguments, seed=5)
+    assert result.steps == steps == 4 * (112 // 16)
+    assert (weight_of(model) - first).abs().max() > 1e-2  # there was something to compare
+    torch.testing.assert_close(weight_of(model), expected, rtol=0, atol=1e-5)
+
+
+def test_cached_features_give_the_adapter_that_training_through_the_towers_gives(tiny_clip, tiny_ballad):
+    splits = load_splits("digits")
+    tiny_ballad.set_class_names(splits.class_names, tiny_clip.tokenizer)
+    train = splits.train.select(range(0, len(splits.train), 4))
+    table = extract_features(tiny_ballad, train, image_processor=tiny_clip.image_processor)
+    arguments = PhaseBArguments(epochs=2, batch_size=16, samples_per_class=1, learning_rate=0.05)
+    through_table = copy.deepcopy(tiny_ballad)
+    train_phase_b(through_table, table, arguments, seed=1)
+
+    from ballad_hf.data.transforms import evaluation_transform
+
+    pictures = train.with_transform(evaluation_transform(tiny_clip.image_processor))
+    model = tiny_ballad.requires_grad_(False)
+    model.adapter.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.adapter.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    sampler = ClassAwareSampler(train.labels, samples_per_class=1, seed=1)
+    steps = 2 * (len(train) // 16)
+    step = 0
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        rows = list(sampler)
+        for at in range(0, len(rows) - 15, 16):
+            items = [pictures[row] for row in rows[at : at + 16]]
+            optimizer.param_groups[0]["lr"] = 0.05 * 0.5 * (1 + math.cos(math.pi * step / steps))
+            pixel_values = torch.stack([item["pixel_values"] for item in items])
+            output = model(pixel_values=pixel_values, labels=torch.tensor([item["labels"] for item in items]))
+            optimizer.zero_grad()
+            output.loss.backward()
+            optimizer.step()
+            step += 1
+    assert step == steps
+    torch.testing.assert_close(weight_of(through_table), weight_of(model), rtol=0, atol=1e-5)
+
+
+def test_it_learns_what_the_towers_got_wrong(tiny_ballad):
+    table, held_out = table_for(tiny_ballad), table_for(tiny_ballad, seed=1)
+    result = train_phase_b(tiny_ballad, table, PhaseBArguments(adapter_start="identity"), validation=held_out)
+    start, best = result.history[0], result.history[result.best_epoch]
+    assert best["mean_class"] == result.validation["mean_class"] > start["mean_class"] + 0.2
+    assert [entry["epoch"] for entry in result.history] == list(range(11))
+
+
+def test_a_start_that_nothing_beats_is_kept(tiny_ballad):
+    table = table_for(tiny_ballad)
+    before = weight_of(tiny_ballad)
+    backwards = FeatureTable(table.features, (table.labels + 1) % 5, table.class_embeds)
+    right = FeatureTable(table.class_embeds, [0, 1, 2, 3, 4], table.class_embeds)
+    with torch.no_grad():
+        tiny_ballad.adapter.linear.weight.copy_(torch.eye(16))
+    result = train_phase_b(tiny_ballad, backwards, PhaseBArguments(learning_rate=5.0), validation=right)
+    assert result.best_epoch == 0
+    assert result.validation["mean_class"] == 1.0
+    assert torch.equal(weight_of(tiny_ballad), torch.eye(16))
+    assert not torch.equal(before, torch.eye(16))
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_ballad):
+    table = table_for(tiny_ballad, views=3)
+    models = [copy.deepcopy(tiny_ballad) for _ in range(3)]
+    torch.manual_seed(0)
+    train_phase_b(models[0], table, seed=7)
+    torch.manual_seed(1)  # the global state plays no part
+    torch.rand(10)
+    train_phase_b(models[1], table, seed=7)
+    train_phase_b(models[2], table, seed=8)
+    assert torch.equal(weight_of(models[0]), weight_of(models[1]))
+    assert not torch.equal(weight_of(models[0]), weight_of(models[2]))
+
+
+def test_a_table_on_disk_trains_to_the_same_bits(tiny_ballad, tmp_path):
+    table = table_for(tiny_ballad, views=2)
+    mapped = FeatureTable.open(table.save(tmp_path / "table", rows_per_shard=17))
+    other = copy.deepcopy(tiny_ballad)
+    train_phase_b(tiny_ballad, table)
+    train_phase_b(other, mapped)
+    assert torch.equal(weight_of(tiny_ballad), weight_of(other))
+
+
+@pytest.mark.parametrize("loss", ["focal", "ldam", "class_balanced", "balanced_softmax", "logit_adjustment", "lade"])
+@pytest.mark.parametrize("sampler", ["class_aware", "power", "progressive"])
+def test_every_loss_learns_with_every_sampler(tiny_ballad, loss, sampler):
+    tiny_ballad.config.adapter_ratio = 1.0
+    table = table_for(tiny_ballad, noise=0.3)
+    arguments = PhaseBArguments(epochs=20, loss=loss, sampler=sampler, adapter_start="identity")
+    result = train_phase_b(tiny_ballad, table, arguments, validation=table)
+    assert result.validation["mean_class"] > 0.95 > result.history[0]["mean_class"]
+
+
+def test_no_epochs_leave_the_adapter_as_it_is(tiny_ballad):
+    before = weight_of(tiny_ballad)
+    result = train_phase_b(tiny_ballad, table_for(tiny_ballad), PhaseBArguments(epochs=0))
+    assert torch.equal(weight_of(tiny_ballad), before)
+    assert (result.steps, result.best_epoch) == (0, 0)
+
+
+def test_small_data_still_gets_some_steps_an_epoch(tiny_ballad):
+    assert train_phase_b(tiny_ballad, table_for(tiny_ballad)).steps == 10 * 4
+    assert train_phase_b(tiny_ballad, table_for(tiny_ballad, (1, 1, 1, 0, 0))).steps == 10 * 3
+    assert PhaseBArguments().rows_a_step(100_000) == 512
+    assert PhaseBArguments(batch_size=64).rows_a_step(100) == 64
+
+
+def test_training_counts_go_into_the_model(tiny_ballad):
+    train_phase_b(tiny_ballad, table_for(tiny_ballad))
+    assert tuple(tiny_ballad.config.class_counts) == COUNTS
+
+
+def test_divergence_names_the_step_and_leaves_the_model_alone(tiny_ballad):
+    before = weight_of(tiny_ballad)
+    with pytest.raises(NonFiniteLossError, match=r"epoch \d+, step \d+ of 7, at a learning rate of"):
+        train_phase_b(tiny_ballad, table_for(tiny_ballad), PhaseBArguments(batch_size=16, learning_rate=1e38))
+    assert torch.equal(weight_of(tiny_ballad), before)
+
+
+def test_tables_of_other_models_are_refused(tiny_ballad, tiny_clip):
+    embeds = tiny_ballad.class_embeds
+    with pytest.raises(ValueError, match="7 wide and the model's 16"):
+        train_phase_b(tiny_ballad, FeatureTable(torch.ones(1, 7), [0], torch.eye(5, 7)))
+    with pytest.raises(ValueError, match="other image weights"):
+        train_phase_b(tiny_ballad, table_for(tiny_ballad, provenance={"encoder": "another"}))
+    with pytest.raises(ValueError, match="4 classes and the model 5"):
+        train_phase_b(tiny_ballad, FeatureTable(torch.ones(1, 16), [0], embeds[:4]))
+    with pytest.raises(ValueError, match="not the model's"):
+        train_phase_b(tiny_ballad, FeatureTable(torch.ones(1, 16), [0], embeds.flip(0)))
+    good = table_for(tiny_ballad)
+    tiny_ballad.set_class_names(["a", "b", "c", "d", "e"], tiny_clip.tokenizer)
+    with pytest.raises(ValueError, match="class names, the templates or the text tower"):
+        train_phase_b(tiny_ballad, good)
+
+
+def test_a_changed_tower_is_noticed(tiny_ballad, tiny_clip):
+    splits = load_splits("digits")
+    tiny_ballad.set_class_names(splits.class_names, tiny_clip.tokenizer)
+    part = splits.train.select(range(20))
+    table = extract_features(tiny_ballad, part, image_processor=tiny_clip.image_processor)
+    with torch.no_grad():
+        tiny_ballad.clip.visual_projection.weight[0, 0] += 0.1
+    with pytest.raises(ValueError, match="other image weights"):
+        train_phase_b(tiny_ballad, table)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": -1}, "epochs is -1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"momentum": 1.0}, "momentum is 1.0"),
+        ({"loss": "hinge"}, "choose one of cross_entropy"),
+        ({"views": 0}, "views is 0"),
+        ({"sampler_power": -1.0}, "sampler_power is -1"),
+    ],
+)
+def test_bad_arguments_are_refused_where_they_are_made(values, message):
+    with pytest.raises(ValueError, match=message):
+        PhaseBArguments(**values)
+
+
+def test_starts():
+    current = torch.full((4, 4), 0.5)
+    assert torch.equal(adapter_start("model", current, 0), current)
+    assert torch.equal(adapter_start("identity", current, 0), torch.eye(4))
+    random = adapter_start("random", current, 3)
+    assert torch.equal(random, adapter_start("random", current, 3))
+    assert not torch.equal(random, adapter_start("random", current, 4))
+    assert random.abs().max() <= 0.5  # uniform up to 1 / sqrt(dim), as torch's own linear layer
+
+
+def test_a_small_table_in_several_parts_is_put_together(tiny_ballad, tmp_path):
+    mapped = FeatureTable.open(table_for(tiny_ballad).save(tmp_path / "table", rows_per_shard=20))
+    assert len(mapped.shards) == 6
+    assert len(kept_close(mapped, torch.device("cpu")).shards) == 1
+    assert np.array_equal(kept_close(mapped, torch.device("cpu")).labels, mapped.labels)
