@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
-from ballad_hf import BalladForImageClassification, CLIPResNetModel
+from ballad_hf import BalladForImageClassification, CLIPResNetConfig, CLIPResNetModel
 from ballad_hf.models.dual_encoders import load_dual_encoder, load_image_processor
 from ballad_hf.models.open_clip_layout import config_from_open_clip, image_processor_values
 
@@ -101,6 +101,21 @@ def test_the_config_by_hand():
     assert (vision.intermediate_size, vision.layer_norm_eps, vision.hidden_act) == (2240, 1e-6, "gelu")
     assert vit.text_config.layer_norm_eps == 1e-3
     assert vit.projection_dim == 512
+
+
+def test_published_configs_give_the_published_towers():
+    text = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
+    vision = {"image_size": 224, "layers": [3, 4, 6, 3], "width": 64, "patch_size": None}
+    rn50 = config_from_open_clip({"quick_gelu": True, "embed_dim": 1024, "vision_cfg": vision, "text_cfg": text})
+    preset = CLIPResNetConfig.from_preset("RN50")
+    assert rn50.vision_config.to_dict() == preset.vision_config.to_dict()
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"):
+        assert getattr(rn50.text_config, name) == getattr(preset.text_config, name)
+    # ViT-bigG-14, whose ratio is written with four digits
+    vision = {"image_size": 224, "layers": 48, "width": 1664, "head_width": 104, "mlp_ratio": 4.9231, "patch_size": 14}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 1280, "heads": 20, "layers": 32}
+    big = config_from_open_clip({"embed_dim": 1280, "vision_cfg": vision, "text_cfg": text}).vision_config
+    assert (big.intermediate_size, big.num_attention_heads, big.hidden_act) == (8192, 16, "gelu")
 
 
 @pytest.mark.parametrize(
