@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +132,7 @@ class StepGradients:
         text_leaf = None if share is None else torch.cat(texts).requires_grad_()  # (prompts of the share, dim)
         loss = self._loss(image_leaf, self._text_embeds(text_leaf, columns, share), scale, labels, columns)
         self._scaled(loss).backward()  # as far as the leaves
-        image_gradients = image_leaf.grad.split([len(piece) for piece in pieces])
+        image_gradients = _gradient_at(image_leaf).split([len(piece) for piece in pieces])
         self._again(pieces, image_gradients, image_states, share, text_leaf, text_states, scale)
         return loss.detach()
 
@@ -151,7 +152,7 @@ class StepGradients:
             part = self._loss(leaf, embeds_leaf, scale, piece_labels, columns) * (len(leaf) / count)
             self._scaled(part).backward()
             total += part.detach()
-            return leaf.grad
+            return _gradient_at(leaf)
 
         # The last piece's backward pass goes with that of the prompts, which needs the gradients of every piece.
         (last,), last_states, scale = self._image_features(pieces[-1:])
@@ -164,7 +165,7 @@ class StepGradients:
                 if self.image_is_trained:
                     features.image.backward(gradient)
         if text_leaf is not None:
-            text_embeds.backward(embeds_leaf.grad)
+            torch.autograd.backward(text_embeds, embeds_leaf.grad)
         self._again(pieces[-1:], [last_gradient], last_states, share, text_leaf, text_states, scale)
         return total
 
@@ -175,7 +176,7 @@ class StepGradients:
         text_gradients: list = []
         if share is not None:
             texts = share.pieces
-            text_gradients = list(text_leaf.grad.split([rows * self.templates for rows in share.rows]))
+            text_gradients = list(_gradient_at(text_leaf).split([rows * self.templates for rows in share.rows]))
         with self.accelerator.no_sync(self.towers):
             if self.image_is_trained:
                 for piece, gradient, state in zip(pieces[:-1], image_gradients[:-1], image_states[:-1], strict=True):
@@ -199,7 +200,7 @@ class StepGradients:
     def _features(self, *pixel_values, **tokens) -> TowerFeatures:
         return self.towers(*pixel_values, **tokens)
 
-    def _image_features(self, pieces) -> tuple[list[torch.Tensor], list, torch.Tensor]:
+    def _image_features(self, pieces) -> tuple[list[Any], list, torch.Tensor]:
         """Features piece by piece, the random state before each, and the logit scale as a leaf."""
         features, states = [], []
         for piece in pieces:
@@ -208,7 +209,7 @@ class StepGradients:
             features.append(output.image)
         return features, states, output.logit_scale.detach().clone().requires_grad_()
 
-    def _text_features(self, share: TextShare | None) -> tuple[list[torch.Tensor], list]:
+    def _text_features(self, share: TextShare | None) -> tuple[list[Any], list]:
         """Features of this process's prompts piece by piece, and the random state before each."""
         features, states = [], []
         for tokens in [] if share is None else share.pieces:
@@ -216,9 +217,10 @@ class StepGradients:
             features.append(self._features(**tokens).text)
         return features, states
 
-    def _text_embeds(self, text_features: torch.Tensor | None, columns, share: TextShare | None) -> torch.Tensor:
+    def _text_embeds(self, text_features: Any, columns, share: TextShare | None) -> torch.Tensor:
         """(classes, dim) class embeddings in the order of `columns`, from the shares of all processes."""
         if share is None:
+            assert self.frozen_embeds is not None
             return self.frozen_embeds[columns]
         return gather_rows(class_embeddings(text_features, self.templates))[share.pick]
 
@@ -233,3 +235,9 @@ class StepGradients:
         """The loss as fp16 training scales it, so that small gradients don't vanish."""
         scaler: Callable | None = getattr(self.accelerator.scaler, "scale", None)
         return loss if scaler is None else scaler(loss)
+
+
+def _gradient_at(leaf: torch.Tensor | None) -> torch.Tensor:
+    assert leaf is not None
+    assert leaf.grad is not None
+    return leaf.grad

@@ -42,7 +42,7 @@ class LowRankUpdates:
             raise ImportError("lora_rank needs the package peft: pip install 'ballad_hf[peft]'.") from error
         config = LoraConfig(
             r=rank,
-            lora_alpha=alpha,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes any number
             lora_dropout=dropout,
             target_modules=rf".*{_TOWERS[towers]}\..*encoder.*\.{_LAYERS}|{_TOWERS[towers]}\..*encoder.*\.{_LAYERS}",
         )

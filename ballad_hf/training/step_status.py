@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -64,25 +63,3 @@ class StepStatus:
         self._waiting = None
         loss, signalled, clock = values.tolist()
         return StepReport(step, loss, signalled > 0, clock > 0)
-
-
-def check_finite(report: StepReport, epoch: int, rate: float, indices: list[int], checkpoints: str) -> None:
-    """Stop where the loss is not finite.
-
-    Args:
-        report: of a step.
-        epoch: of the step, from 1.
-        rate: learning rate of the step.
-        indices: rows of the training part in the global batch.
-        checkpoints: what the message says of the last good checkpoint.
-
-    Raises:
-        NonFiniteLossError: says what is known of the step.
-    """
-    if math.isfinite(report.loss):
-        return
-    raise NonFiniteLossError(
-        f"The loss became {report.loss} in step {report.step + 1} (epoch {epoch}), at a learning rate of {rate:.4g}, "
-        f"on the training pictures {indices}. {checkpoints} Look at those pictures, lower learning_rate, set "
-        "max_grad_norm (such as 1.0), or use mixed_precision bf16 instead of fp16."
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ def take_weights(module: nn.Module, copy: bool = True) -> dict[str, torch.Tensor
         Tensors by name; a collective call where the module is sharded, and then empty but on the main process.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    state = get_model_state_dict(module, options=options)
+    state: dict[str, Any] = get_model_state_dict(module, options=options)
     return {name: value.detach().clone() if copy else value.detach() for name, value in state.items()}
 
 

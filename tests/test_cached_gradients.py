@@ -1,0 +1,125 @@
+"""The gradients of a batch do not depend on how it is cut up."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from ballad_hf.data.prompts import ClassPrompts
+from ballad_hf.training.cached_gradients import Objective, StepGradients
+from ballad_hf.training.losses import build_classification_loss
+from ballad_hf.training.optimization import freeze_the_rest
+from ballad_hf.training.towers import ClassTexts, TrainableTowers, class_embeddings
+
+
+NAMES = ["cat", "dog", "owl", "red fox", "zebra", "a very long name of a rare species"]
+COUNTS = [50, 20, 10, 5, 2, 1]
+LABELS = torch.tensor([0, 0, 1, 0, 2, 5, 1])
+
+
+def gradients_of(clip, tokenizer, loss, micro_batch_size=None, piece=None, train="both", templates=("a {}.",)):
+    """Gradients by name, and the loss, from one step over 7 pictures."""
+    freeze_the_rest(clip, train, train_logit_scale=True)
+    clip.zero_grad()
+    accelerator = Accelerator(cpu=True)
+    prompts = ClassPrompts(NAMES, list(templates), tokenizer, clip.config)
+    texts = ClassTexts(prompts, 0, 1, piece, torch.device("cpu"))
+    objective = Objective() if loss == "contrastive" else Objective(build_classification_loss(loss, COUNTS))
+    towers = TrainableTowers(clip)
+    frozen = None
+    if train == "image":
+        with torch.no_grad():
+            share = texts.share(torch.arange(len(NAMES)))
+            features = torch.cat([towers(**part).text for part in share.pieces])
+            frozen = class_embeddings(features, len(templates))[share.pick]
+    step = StepGradients(
+        towers,
+        None if train == "image" else texts,
+        objective,
+        accelerator,
+        templates=len(templates),
+        num_classes=len(NAMES),
+        micro_batch_size=micro_batch_size,
+        frozen_embeds=frozen,
+        image_is_trained=train != "text",
+    )
+    pixel_values = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    value = step(pixel_values, LABELS)
+    return value.item(), {
+        name: parameter.grad.clone() for name, parameter in clip.named_parameters() if parameter.grad is not None
+    }
+
+
+@pytest.mark.parametrize("loss", ["contrastive", "cross_entropy", "balanced_softmax", "lade"])
+@pytest.mark.parametrize("train", ["both", "image", "text", "projections"])
+def test_pieces_give_the_gradients_of_the_whole(tiny_clip, loss, train):
+    clip, tokenizer, _ = tiny_clip
+    whole, expected = gradients_of(clip, tokenizer, loss, train=train)
+    assert any(gradient.abs().max() > 0 for gradient in expected.values())
+    for micro_batch_size, piece in ((3, None), (1, 2), (7, 2)):
+        value, found = gradients_of(clip, tokenizer, loss, micro_batch_size, piece, train)
+        assert value == pytest.approx(whole, rel=1e-5)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-5, name
+
+
+def test_the_whole_is_what_a_plain_loss_over_all_prompts_gives(tiny_clip):
+    clip, tokenizer, _ = tiny_clip
+    value, found = gradients_of(clip, tokenizer, "cross_entropy", templates=("a {}.", "one {}."))
+    clip.zero_grad()
+    pixel_values = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = clip.get_image_features(pixel_values=pixel_values).pooler_output
+    embeds = []
+    for name in NAMES:  # one prompt at a time
+        tokens = [tokenizer(f"{start} {name}.", return_tensors="pt") for start in ("a", "one")]
+        features = [clip.get_text_features(**token).pooler_output[0] for token in tokens]
+        embeds.append(sum(feature / feature.norm() for feature in features) / 2)
+    embeds = torch.stack([embed / embed.norm() for embed in embeds])
+    logits = clip.logit_scale.exp() * (images / images.norm(dim=-1, keepdim=True)) @ embeds.T
+    loss = torch.nn.functional.cross_entropy(logits, LABELS)
+    loss.backward()
+    assert value == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in clip.named_parameters():
+        assert (found[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-5, name
+
+
+def test_the_contrastive_loss_encodes_the_classes_of_the_batch_only(tiny_clip, monkeypatch):
+    clip, tokenizer, _ = tiny_clip
+    rows = []
+    whole = type(clip).get_text_features
+
+    def counted(self, input_ids, **kwargs):
+        rows.append(len(input_ids))
+        return whole(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(clip), "get_text_features", counted)
+    gradients_of(clip, tokenizer, "contrastive")
+    assert rows == [len(np.unique(LABELS))]
+    rows.clear()
+    gradients_of(clip, tokenizer, "cross_entropy", train="image")  # a frozen text tower runs before, not in the step
+    assert rows == [len(NAMES)]
+
+
+def test_dropout_falls_alike_in_both_passes(tiny_clip):
+    clip, tokenizer, _ = tiny_clip
+    for module in clip.modules():
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.5  # of attention
+    clip.train()
+
+    def step(micro_batch_size):
+        torch.manual_seed(3)
+        return gradients_of(clip, tokenizer, "contrastive", micro_batch_size, piece=2)
+
+    (first, some), (second, same) = step(3), step(3)
+    assert first == second
+    assert all(torch.equal(some[name], same[name]) for name in some)
+    # A finite difference along the gradient: the second pass must see the masks of the first.
+    name, parameter = next((n, p) for n, p in clip.named_parameters() if n == "visual_projection.weight")
+    direction = some[name] / some[name].norm()
+    parameter.data.add_(1e-3 * direction)
+    above, _ = step(3)
+    parameter.data.sub_(2e-3 * direction)
+    below, _ = step(3)
+    assert (above - below) / 2e-3 == pytest.approx(some[name].norm().item(), rel=0.05)
