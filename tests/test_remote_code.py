@@ -15,6 +15,7 @@ from ballad_hf import BalladConfig, BalladForImageClassification
 from ballad_hf.models.dual_encoders import clip_image_processor
 
 from .conftest import CLASS_NAMES
+from .reference import openai_file
 from .test_modeling_clip_resnet import built, tiny_config, tiny_picture
 
 
@@ -44,33 +45,54 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"{name} is not installed here")
 
 sys.meta_path.insert(0, Refuse())
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
-folder, image, clip_file = sys.argv[1:]
-rows = pipeline("image-classification", model=folder, trust_remote_code=True)(image)
-model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
-folded = type(model.fold_adapter()).__name__
-other = type(model).from_clip(clip_file, text_attention_heads=2)
-print(json.dumps([rows, folded, type(other.clip).__name__]))
+image, clip_file = sys.argv[1:]
+zero_shot = {"candidate_labels": ["cat", "dog", "owl"], "hypothesis_template": "a photo of a {}."}
+task = "zero-shot-image-classification"
+answers = {}
+
+answers["vit"] = pipeline(task, model="folded-vit")(image, **zero_shot)  # a class of transformers needs no trust
+answers["resnet"] = pipeline(task, model="folded-resnet", trust_remote_code=True)(image, **zero_shot)
+answers["classes"] = [
+    type(AutoModel.from_pretrained("folded-vit")).__name__,
+    type(AutoModel.from_pretrained("folded-resnet", trust_remote_code=True)).__name__,
+]
+
+answers["ballad"] = pipeline("image-classification", model="ballad", trust_remote_code=True)(image)
+model = AutoModelForImageClassification.from_pretrained("ballad", trust_remote_code=True)
+answers["classes"].append(type(model.fold_adapter()).__name__)
+answers["classes"].append(type(type(model).from_clip(clip_file, text_attention_heads=2).clip).__name__)
+
+assert not any(module.split(".")[0] == "ballad_hf" for module in sys.modules)
+print(json.dumps(answers))
 """
 
 
-def test_a_ballad_over_a_resnet_serves_converts_and_folds_where_ballad_is_not_installed(
-    tiny_clip, tmp_path, monkeypatch
-):
-    from .reference import openai_file
+def scores(rows: list[dict]) -> dict[str, float]:
+    return {row["label"]: pytest.approx(row["score"], abs=1e-5) for row in rows}
 
+
+def test_what_is_folded_and_what_brings_its_code_serves_where_ballad_cannot_be_imported(
+    tiny_ballad, tiny_clip, tmp_path, monkeypatch
+):
+    tokenizer, processor, image = tiny_clip.tokenizer, clip_image_processor(32), tiny_picture()
+    resnet = BalladForImageClassification.from_dual_encoder(built(tiny_config(tokenizer)), CLASS_NAMES, tokenizer)
+    with torch.no_grad():
+        resnet.adapter.linear.weight.copy_(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))
+    folders = {"folded-vit": tiny_ballad.fold_adapter(), "folded-resnet": resnet.fold_adapter(), "ballad": resnet}
     # As `register_for_auto_class` does, for this test alone.
     monkeypatch.setattr(BalladConfig, "_auto_class", "AutoConfig")
     monkeypatch.setattr(BalladForImageClassification, "_auto_class", "AutoModelForImageClassification")
-    clip = built(tiny_config(tiny_clip.tokenizer))
-    model = BalladForImageClassification.from_dual_encoder(clip, CLASS_NAMES, tiny_clip.tokenizer)
-    folder, processor = tmp_path / "ballad", clip_image_processor(32)
-    for part in (model, processor):
-        part.save_pretrained(folder)
-    tiny_picture().save(tmp_path / "picture.png")
+    for name, model in folders.items():
+        for part in (model, processor, tokenizer):
+            part.save_pretrained(tmp_path / name)
+    code = {name: {file.name for file in (tmp_path / name).glob("*.py")} for name in folders}
+    assert code["folded-vit"] == set()
+    assert code["folded-resnet"] == {"configuration_clip_resnet.py", "modeling_clip_resnet.py"}
+    image.save(tmp_path / "picture.png")
     done = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_BALLAD, str(folder), str(tmp_path / "picture.png"), str(openai_file("vit"))],
+        [sys.executable, "-c", _WITHOUT_BALLAD, "picture.png", str(openai_file("vit"))],
         capture_output=True,
         text=True,
         check=False,
@@ -78,10 +100,15 @@ def test_a_ballad_over_a_resnet_serves_converts_and_folds_where_ballad_is_not_in
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    rows, folded, other = json.loads(done.stdout)
-    assert (folded, other) == ("CLIPResNetModel", "CLIPModel")
+    answers = json.loads(done.stdout)
+    assert answers["classes"] == ["CLIPModel", "CLIPResNetModel", "CLIPResNetModel", "CLIPModel"]
+    labels = ["cat", "dog", "owl"]
+    tokens = tokenizer([f"a photo of a {label}." for label in labels], padding=True, return_tensors="pt")
+    pixel_values = processor(image, return_tensors="pt").pixel_values
+    for kind, model in (("vit", tiny_ballad), ("resnet", resnet)):
+        with torch.no_grad():
+            probabilities = model(pixel_values, **tokens).logits_per_image[0].softmax(-1)
+        assert dict(zip(labels, probabilities.tolist(), strict=True)) == scores(answers[kind])
     with torch.no_grad():
-        expected = model(processor(tiny_picture(), return_tensors="pt").pixel_values).logits[0].softmax(-1)
-    assert {row["label"]: row["score"] for row in rows} == pytest.approx(
-        dict(zip(CLASS_NAMES, expected.tolist(), strict=True)), abs=1e-5
-    )
+        probabilities = resnet(pixel_values).logits[0].softmax(-1)
+    assert dict(zip(CLASS_NAMES, probabilities.tolist(), strict=True)) == scores(answers["ballad"])
