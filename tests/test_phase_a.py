@@ -1,0 +1,349 @@
+"""Phase A as a whole: what it changes, what it keeps, when it stops."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from ballad_hf import BalladForImageClassification, train_phase_a
+from ballad_hf.data.picture_stores import ArrayPictures
+from ballad_hf.data.splits import ImageSplit, Splits
+from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
+from ballad_hf.models.tiny_clip import build_tiny_clip
+from ballad_hf.training.arguments import PhaseAArguments
+from ballad_hf.training.optimization import tower_of
+from ballad_hf.training.phase_a_state import PhaseAResult
+from ballad_hf.training.step_status import NonFiniteLossError
+from ballad_hf.training.validation import FIGURES, Validator
+
+
+NAMES = ["red", "green", "blue"]
+COUNTS = [20, 8, 4]
+
+
+def coloured(counts, seed):
+    """Pictures that are mostly red, green or blue."""
+    generator = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(3), counts)
+    pixels = generator.integers(0, 120, (len(labels), 24, 24, 3), dtype=np.uint8)
+    pixels[np.arange(len(labels)), :, :, labels] += 130
+    return ImageSplit(ArrayPictures(pixels, "colours"), labels, NAMES)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return Splits(train=coloured(COUNTS, 0), validation=coloured([4, 4, 4], 1), test=None, class_names=NAMES, name="c")
+
+
+@pytest.fixture
+def encoder():
+    return build_tiny_clip(width=32, layers=1, projection_dim=16, patch_size=16, words=["photo", *NAMES])
+
+
+@pytest.fixture
+def model(encoder):
+    return BalladForImageClassification.from_dual_encoder(encoder.clip, NAMES, encoder.tokenizer)
+
+
+def arguments(**changes):
+    return PhaseAArguments(**{"epochs": 2, "batch_size": 8, "optimizer": "adamw", "learning_rate": 1e-3, **changes})
+
+
+def trained(model, splits, encoder, told, **options) -> PhaseAResult:
+    return train_phase_a(
+        model, splits, encoder.tokenizer, encoder.image_processor, told, **{"progress": False, **options}
+    )
+
+
+def copy_of(module):
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def changed(before, module):
+    return {name for name, value in module.state_dict().items() if not torch.equal(before[name], value)}
+
+
+def test_it_learns_colours_and_leaves_a_model_that_is_ready(model, splits, encoder):
+    adapter = copy_of(model.adapter)
+    stale = model.class_embeds.clone()
+    result = trained(model, splits, encoder, arguments(epochs=20))
+    assert result.steps == 20 * 4
+    assert result.history[0]["epoch"] == 0
+    assert [entry["step"] for entry in result.history] == [0, *range(4, 84, 4)]
+    assert result.validation["mean_class"] > 0.9
+    assert result.validation["mean_class"] == max(entry["mean_class"] for entry in result.history)
+    assert not model.training
+    assert not changed(adapter, model.adapter)
+    assert model.config.class_counts == COUNTS
+    assert all(parameter.requires_grad for parameter in model.clip.parameters())
+    assert not torch.equal(stale, model.class_embeds)
+    fresh = model.class_embeds.clone()
+    model.set_class_names(NAMES, encoder.tokenizer)
+    assert torch.equal(fresh, model.class_embeds)  # made with the text tower as it is now
+
+
+@pytest.mark.parametrize("train", ["both", "image", "text", "projections"])
+@pytest.mark.parametrize("loss", ["contrastive", "class_prompt"])
+def test_what_is_not_trained_does_not_move(model, splits, encoder, train, loss):
+    before = copy_of(model.clip)
+    told = arguments(train=train, loss=loss, epochs=1, train_logit_scale=False, metric_for_best="overall")
+    splits = dataclasses.replace(splits, validation=None)  # the last weights are kept
+    trained(model, splits, encoder, told)
+    moved = changed(before, model.clip)
+    if train == "projections":
+        assert moved == {"visual_projection.weight", "text_projection.weight"}
+    else:
+        assert {tower_of(name) for name in moved} == ({"image", "text"} if train == "both" else {train})
+
+
+def test_the_logit_scale_is_trained_up_to_100_or_fixed(model, splits, encoder):
+    splits = dataclasses.replace(splits, validation=None)
+    with torch.no_grad():
+        model.clip.logit_scale.fill_(4.6)
+    trained(model, splits, encoder, arguments(learning_rate=0.05, epochs=3))
+    assert model.clip.logit_scale.exp().item() <= 100.01
+    fixed = BalladForImageClassification.from_dual_encoder(encoder.clip, NAMES, encoder.tokenizer, logit_scale=100.0)
+    before = fixed.clip.logit_scale.item()
+    trained(fixed, splits, encoder, arguments(epochs=1))
+    assert fixed.clip.logit_scale.item() == before
+
+
+def test_the_same_seed_gives_the_same_bits_and_the_global_state_is_left_alone(splits, encoder):
+    start = copy_of(encoder.clip)
+
+    def run(seed, **options):
+        encoder.clip.load_state_dict(start)
+        model = BalladForImageClassification.from_dual_encoder(encoder.clip, NAMES, encoder.tokenizer)
+        state = torch.get_rng_state()
+        trained(model, splits, encoder, arguments(), seed=seed, **options)
+        assert torch.equal(state, torch.get_rng_state())
+        return copy_of(model)
+
+    first, other = run(0), run(1)
+    for same in (run(0), run(0, num_workers=2)):
+        assert all(torch.equal(first[name], value) for name, value in same.items())
+    assert not all(torch.equal(first[name], value) for name, value in other.items())
+
+
+def naive_official_steps(model, encoder, splits, batches, told):
+    """The official update, written out: all prompts at 77 tokens each step, cosine cross-entropy, torch's own SGD."""
+    clip = model.clip
+    tokens = encoder.tokenizer(
+        [f"a photo of a {name}." for name in NAMES], padding="max_length", max_length=77, return_tensors="pt"
+    )
+    optimizer = torch.optim.SGD(clip.parameters(), lr=told.learning_rate, momentum=0.9, weight_decay=5e-4)
+    clip.train()
+    for pixel_values, labels in batches:
+        images = clip.get_image_features(pixel_values=pixel_values).pooler_output
+        texts = clip.get_text_features(**tokens).pooler_output
+        images = images / images.norm(dim=-1, keepdim=True)
+        texts = texts / texts.norm(dim=-1, keepdim=True)
+        loss = torch.nn.functional.cross_entropy(100.0 * images @ texts.T, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_steps_are_those_of_the_official_update(splits, encoder):
+    """Same start, batches and numbers; the scheduler's and the sampler's defects are not followed."""
+    from ballad_hf.data.loaders import epoch_batches, train_loader
+    from ballad_hf.data.samplers import InstanceSampler
+    from ballad_hf.data.transforms import train_transform
+
+    model = BalladForImageClassification.from_dual_encoder(encoder.clip, NAMES, encoder.tokenizer, logit_scale=100.0)
+    start = copy_of(model.clip)
+    told = PhaseAArguments(
+        epochs=2, batch_size=8, loss="class_prompt", learning_rate=1e-3, decay_all=True, schedule="constant"
+    )
+    trained(model, dataclasses.replace(splits, validation=None), encoder, told)
+    ours = copy_of(model.clip)
+
+    model.clip.load_state_dict(start)
+    transform = train_transform(encoder.image_processor)
+    sampler = InstanceSampler(splits.train.labels, multiple_of=8, seed=0)
+    loader = train_loader(splits.train.with_transform(transform), sampler, 8, seed=0)
+    batches = [(b["pixel_values"], b["labels"]) for epoch in (0, 1) for b in epoch_batches(loader, epoch, 0)]
+    assert len(batches) == 8
+    naive_official_steps(model, encoder, splits, batches, told)
+    for name, value in model.clip.state_dict().items():
+        if name == "logit_scale" or not value.is_floating_point():  # the official code keeps the scale fixed
+            continue
+        assert torch.allclose(ours[name], value, rtol=1e-5, atol=1e-5), name
+        assert name == "text_model.embeddings.position_embedding.weight" or not torch.equal(start[name], value), name
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_the_run(model, splits, encoder, caplog):
+    # At such a rate every step makes it worse or no better than the start.
+    told = arguments(epochs=9, learning_rate=3.0, optimizer="sgd", early_stopping_patience=2, max_grad_norm=1.0)
+    before = copy_of(model.clip)
+    result = trained(model, splits, encoder, told)
+    scores = [entry["mean_class"] for entry in result.history]
+    best = scores.index(max(scores))
+    assert result.best_epoch == best
+    assert len(scores) == best + 1 + 2  # two more validations, then the end
+    assert result.steps == 4 * (len(scores) - 1)
+    if best == 0:
+        assert not changed(before, model.clip)
+        assert "which is kept" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_pictures(model, splits, encoder, tmp_path):
+    with pytest.raises(NonFiniteLossError) as caught:
+        trained(
+            model,
+            splits,
+            encoder,
+            arguments(epochs=50, learning_rate=1e30, optimizer="sgd", schedule="constant"),
+            output_dir=tmp_path,
+        )
+    message = str(caught.value)
+    assert "at a learning rate of 1e+30" in message
+    assert "on the training pictures [" in message
+    assert "The last checkpoint is" in message
+    assert (tmp_path / "phase_a" / "step-0000000000" / "tensors.safetensors").is_file()
+
+
+@pytest.mark.parametrize("mode", ["warn", "interpolate", "stop", "off"])
+def test_the_tail_guard(model, splits, encoder, mode, monkeypatch, caplog):
+    """Figures by script: accuracy rises with the way from the start, and rare classes fall past 55 % of it."""
+    before = copy_of(model.clip)
+    ways = []
+
+    def figures(self, towers):
+        way = (towers.clip.visual_projection.weight - before["visual_projection.weight"]).norm().item()
+        ways.append(way)
+        few = 0.5 if way <= 0.55 * max(ways) else 0.4
+        return {**dict.fromkeys(FIGURES, None), "mean_class": 0.3 + way / 1000, "few": few}
+
+    monkeypatch.setattr(Validator, "__call__", figures)
+    told = arguments(epochs=4, tail_guard=mode, learning_rate=1e-2, schedule="constant")
+    result = trained(model, splits, encoder, told)
+    assert ("rare classes have lost" in caplog.text) == (mode != "off")
+    if mode == "stop":
+        assert result.steps == 4  # after the first of four epochs
+        assert not changed(before, model.clip)
+    elif mode == "interpolate":
+        assert result.interpolation == 0.5
+        assert result.validation["few"] == 0.5
+        assert "50% of the way" in caplog.text
+        way = (model.clip.visual_projection.weight - before["visual_projection.weight"]).norm().item()
+        assert way == pytest.approx(max(ways) / 2, rel=1e-3)
+    else:
+        assert result.steps == 16
+        assert result.interpolation is None
+        assert result.validation["few"] == 0.4
+
+
+def test_low_rank_updates_are_merged_into_a_plain_model(model, splits, encoder):
+    pytest.importorskip("peft")
+    names = list(model.clip.state_dict())
+    before = copy_of(model.clip)
+    told = arguments(lora_rank=2, train="image", learning_rate=1e-2)
+    trained(model, dataclasses.replace(splits, validation=None), encoder, told)
+    assert list(model.clip.state_dict()) == names
+    moved = changed(before, model.clip) - {"logit_scale"}
+    assert moved
+    for name in moved:
+        assert name.startswith("vision_model.encoder.layers.0")
+        assert torch.linalg.matrix_rank(model.clip.state_dict()[name] - before[name], rtol=1e-3) <= 2
+
+
+def test_the_average_of_the_weights_is_what_is_kept(splits, encoder):
+    start = copy_of(encoder.clip)
+    kept = {}
+    for decay in (None, 0.0, 0.9):
+        encoder.clip.load_state_dict(start)
+        model = BalladForImageClassification.from_dual_encoder(encoder.clip, NAMES, encoder.tokenizer)
+        trained(model, dataclasses.replace(splits, validation=None), encoder, arguments(ema_decay=decay))
+        kept[decay] = copy_of(model.clip)["visual_projection.weight"]
+    assert torch.allclose(kept[None], kept[0.0])  # without memory the average is the weights
+    moved = (kept[None] - start["visual_projection.weight"]).norm()
+    assert 0 < (kept[0.9] - start["visual_projection.weight"]).norm() < moved
+
+
+def test_activation_checkpointing_changes_nothing_but_the_memory(splits, encoder):
+    start = copy_of(encoder.clip)
+    found = []
+    for checkpointing in (False, True):
+        encoder.clip.load_state_dict(start)
+        model = BalladForImageClassification.from_dual_encoder(encoder.clip, NAMES, encoder.tokenizer)
+        trained(model, splits, encoder, arguments(activation_checkpointing=checkpointing))
+        found.append(copy_of(model.clip))
+        assert not model.clip.is_gradient_checkpointing
+    for name, value in found[0].items():
+        assert torch.allclose(found[1][name], value, atol=1e-6), name
+
+
+def test_autocast_trains_float32_weights(model, splits, encoder):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    result = trained(
+        model, splits, encoder, arguments(epochs=10), accelerator=Accelerator(mixed_precision="bf16", cpu=True)
+    )
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert result.validation["mean_class"] > 0.6
+    AcceleratorState._reset_state(reset_partial_state=True)
+    half = model.to(torch.bfloat16)
+    trained(half, splits, encoder, arguments(epochs=1))
+    assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "train"])
+def test_running_statistics_of_a_modified_resnet(splits, encoder, batch_norm):
+    from ballad_hf.models.configuration_clip_resnet import CLIPResNetConfig
+
+    text_config = encoder.clip.config.text_config.to_dict()
+    config = CLIPResNetConfig(
+        text_config=text_config,
+        vision_config={"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "num_attention_heads": 4},
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    clip = CLIPResNetModel(config).eval()
+    model = BalladForImageClassification.from_dual_encoder(clip, NAMES, encoder.tokenizer)
+    before = copy_of(clip)
+    told = arguments(batch_norm=batch_norm, epochs=1)
+    trained(model, dataclasses.replace(splits, validation=None), encoder, told)
+    statistics = {name for name in changed(before, clip) if "running" in name}
+    assert bool(statistics) == (batch_norm == "train")
+
+
+def test_a_tracker_is_told(model, splits, encoder, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path, cpu=True)
+    result = trained(model, splits, encoder, arguments(logging_steps=2), accelerator=accelerator)
+    log = events.EventAccumulator(str(next(tmp_path.rglob("events*")).parent))
+    log.Reload()
+    scalars = log.Tags()["scalars"]
+    assert {"phase_a/loss", "phase_a/learning_rate", "phase_a/validation/mean_class"} <= set(scalars)
+    assert [event.step for event in log.Scalars("phase_a/loss")] == [1, 3, 5, 7]
+    last = log.Scalars("phase_a/validation/mean_class")[-1]
+    assert last.value == pytest.approx(result.history[-1]["mean_class"])
+
+
+def test_on_checkpoint_is_told_and_may_fail(model, splits, encoder, tmp_path, caplog):
+    told = []
+
+    def fails(path):
+        told.append(path.name)
+        json.loads((path / "state.json").read_text())
+        raise RuntimeError("no network")
+
+    trained(model, splits, encoder, arguments(checkpoint_every_steps=3), output_dir=tmp_path, on_checkpoint=fails)
+    assert {"step-0000000000", "step-0000000003", "step-0000000006"} <= set(told)
+    assert "no network" in caplog.text
+
+
+def test_bad_input_is_named(model, splits, encoder):
+    with pytest.raises(ValueError, match="An epoch of 32 rows is shorter than one global batch of 64"):
+        trained(model, splits, encoder, arguments(batch_size=64))
+    other = dataclasses.replace(splits, class_names=["red", "green", "yellow"])
+    with pytest.raises(ValueError, match="call model.set_class_names"):
+        trained(model, other, encoder, arguments())
+    with pytest.raises(ValueError, match="there is no output_dir"):
+        trained(model, splits, encoder, arguments(), resume="auto")
+    with pytest.raises(ValueError, match="metric_for_best is 'many'"):
+        trained(model, splits, encoder, arguments(metric_for_best="many"))
