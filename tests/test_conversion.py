@@ -257,6 +257,27 @@ def test_a_bundle_becomes_vision_only(bundle, tiny_ballad, tmp_path):
     assert gone == 4 * sum(parameter.numel() for parameter in text)
 
 
+@pytest.mark.parametrize("convert", [convert_to_clip, convert_to_vision_only])
+def test_what_is_no_whole_ballad_is_refused(convert, bundle, clip_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="tiny-clip is no saved Ballad, but 'clip'"):
+        convert(clip_folder, tmp_path / "out")
+    with pytest.raises(ValueError, match="empty is no saved Ballad, but none of transformers"):
+        convert(tmp_path / "empty", tmp_path / "out")
+    weights = bundle / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:9000])
+    with pytest.raises(ValueError, match="bundle are no safetensors file, or truncated"):
+        convert(bundle, tmp_path / "out")
+    assert_nothing_was_written(tmp_path, but=["bundle", "empty", "tiny-clip"])
+
+
+def test_a_ballad_without_classes_keeps_its_text_tower(tiny_clip, tmp_path):
+    BalladForImageClassification.from_dual_encoder(tiny_clip.clip).save_pretrained(tmp_path / "ballad")
+    with pytest.raises(ValueError, match="no class embeddings yet"):
+        convert_to_vision_only(tmp_path / "ballad", tmp_path / "out")
+    assert_nothing_was_written(tmp_path, but=["ballad"])
+
+
 def test_the_open_clip_converter_keeps_the_preprocessing(tmp_path):
     from .test_open_clip_layout import write_open_clip_folder
 

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .checkpoint_files import read_checkpoint
 from .dual_encoders import (
     clip_image_processor,
+    find_model_type,
     hub_arguments,
     load_dual_encoder,
     load_image_processor,
@@ -165,9 +167,13 @@ def convert_to_clip(ballad: str | os.PathLike, output_dir: str | os.PathLike, **
         ballad: folder or Hub name of a Ballad.
         output_dir: the folder to make; it must not exist, or be empty.
         kwargs: for `from_pretrained`.
+
+    Raises:
+        FileExistsError: a folder with something in it.
+        ValueError: no Ballad, a truncated one, or one whose image tower has no projection to fold into.
     """
     with whole_folder(output_dir) as folder:
-        folded = BalladForImageClassification.from_pretrained(ballad, **kwargs).fold_adapter()
+        folded = _load_ballad(ballad, kwargs).fold_adapter()
         _save(folder, folded, *_what_feeds(ballad, (AutoTokenizer, AutoImageProcessor), kwargs))
     return Path(output_dir)
 
@@ -179,9 +185,13 @@ def convert_to_vision_only(ballad: str | os.PathLike, output_dir: str | os.PathL
         ballad: folder or Hub name of a Ballad with class embeddings.
         output_dir: the folder to make; it must not exist, or be empty.
         kwargs: for `from_pretrained`.
+
+    Raises:
+        FileExistsError: a folder with something in it.
+        ValueError: no Ballad, a truncated one, or one without class embeddings.
     """
     with whole_folder(output_dir) as folder:
-        model = BalladForImageClassification.from_pretrained(ballad, **kwargs)
+        model = _load_ballad(ballad, kwargs)
         before = sum(tensor.nbytes for tensor in model.state_dict().values())
         removed = model.remove_text_tower()
         _save(folder, model, *_what_feeds(ballad, (AutoImageProcessor,), kwargs))
@@ -242,6 +252,20 @@ def _tokenizer_for(
     if tokenizer is False:
         return None
     return load_tokenizer(checkpoint if tokenizer is None else tokenizer, clip.config, **(hub or {}))
+
+
+def _load_ballad(ballad: str | os.PathLike, kwargs: Mapping[str, Any]) -> BalladForImageClassification:
+    # from_pretrained takes any model's config, and would fill up what another model lacks.
+    model_type = find_model_type(ballad, hub_arguments(kwargs))
+    if model_type != "ballad":
+        raise ValueError(
+            f"{ballad} is no saved Ballad, but {'none of transformers' if model_type is None else repr(model_type)}: "
+            "give the folder or Hub name of a trained one."
+        )
+    try:
+        return BalladForImageClassification.from_pretrained(ballad, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {ballad} are no safetensors file, or truncated: {error}") from error
 
 
 def _what_feeds(ballad: str | os.PathLike, loaders: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -70,7 +70,7 @@ def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedMo
     if not path.exists() and (path.is_absolute() or path.suffix in _WEIGHT_SUFFIXES):
         raise FileNotFoundError(f"There is no file or folder {str(path)!r}.")
     hub = hub_arguments(kwargs)
-    model_type = _model_type(name_or_path, hub)
+    model_type = find_model_type(name_or_path, hub)
     if model_type is not None:
         return _load_transformers(name_or_path, model_type, **kwargs)
     open_clip_config = _find(name_or_path, CONFIG_FILE, hub)
@@ -162,7 +162,7 @@ def load_image_processor(name_or_path: str | os.PathLike, clip_config: PreTraine
     size = clip_config.vision_config.image_size
     if Path(name_or_path).is_file():
         return clip_image_processor(size)
-    open_clip_config = _find(name_or_path, CONFIG_FILE, hub) if _model_type(name_or_path, hub) is None else None
+    open_clip_config = _find(name_or_path, CONFIG_FILE, hub) if find_model_type(name_or_path, hub) is None else None
     if open_clip_config is None:
         return AutoImageProcessor.from_pretrained(name_or_path, **hub)
     preprocess_cfg = _read_json(open_clip_config).get("preprocess_cfg") or {}
@@ -251,7 +251,7 @@ def _load_open_clip(name_or_path, config_file: str, hub: dict, kwargs: dict) -> 
     return model
 
 
-def _model_type(name_or_path: str | os.PathLike, hub: dict) -> str | None:
+def find_model_type(name_or_path: str | os.PathLike, hub: dict) -> str | None:
     """What transformers calls the model, or `None` where it is none of theirs."""
     # timm's repositories have a config.json of their own, without it, beside open_clip's.
     config = _find(name_or_path, "config.json", hub)
@@ -286,7 +286,7 @@ def _read_json(path: str) -> dict:
 def _lacks_tokenizer(name_or_path: str | os.PathLike, hub: dict) -> bool:
     """Whether this is an open_clip repository without tokenizer files, as some hold the weights alone."""
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-    return _model_type(name_or_path, hub) is None and not any(_find(name_or_path, name, hub) for name in files)
+    return find_model_type(name_or_path, hub) is None and not any(_find(name_or_path, name, hub) for name in files)
 
 
 def _fitting(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> PreTrainedTokenizerBase:
