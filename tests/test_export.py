@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from ballad_hf.models.label_bank import tokenize_prompts
 
 
 onnxruntime = pytest.importorskip("onnxruntime")
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "classify_onnx.py"
 
 
 def pixels(pictures: int, seed: int = 0) -> torch.Tensor:
@@ -139,7 +142,7 @@ import runpy, sys
 for name in ("torch", "transformers", "ballad_hf"):
     sys.modules[name] = None
 sys.argv = ["classify_onnx.py", {str(folder)!r}, {str(pictures)!r}, "--top_k", "5"]
-runpy.run_path("examples/classify_onnx.py", run_name="__main__")
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1  # one picture could not be read
