@@ -163,7 +163,7 @@ class StepGradients:
                 features = self.towers(piece) if self.image_is_trained else self._features(piece)
                 gradient = add(features.image, scale, piece_labels)
                 if self.image_is_trained:
-                    features.image.backward(gradient)
+                    torch.autograd.backward(features.image, gradient)
         if text_leaf is not None:
             torch.autograd.backward(text_embeds, embeds_leaf.grad)
         self._again(pieces[-1:], [last_gradient], last_states, share, text_leaf, text_states, scale)

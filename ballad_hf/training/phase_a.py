@@ -166,6 +166,7 @@ def _checkpoint_to_go_on_from(
     if resume in (None, "never"):
         if accelerator.is_main_process:
             store.clear()
+            CheckpointStore(store.folder / _OUTCOME, keep=1).clear()
         accelerator.wait_for_everyone()
         return None
     return store.load_latest() if resume == "auto" else store.load(str(resume))
