@@ -2,7 +2,8 @@
 
     accelerate launch examples/evaluate_ballad.py outputs/digits
     accelerate launch examples/evaluate_ballad.py outputs/mine --dataset path/to/pictures --part validation
-    accelerate launch examples/evaluate_ballad.py outputs/mine --dataset path/to/pictures --five_crop --target_prior train
+    accelerate launch examples/evaluate_ballad.py outputs/mine --dataset path/to/pictures --five_crop
+    accelerate launch examples/evaluate_ballad.py outputs/mine --dataset path/to/pictures --target_prior train
 
 The classes of the data are matched with the model's by name; with `--classes data` the model takes over those of the
 data, zero-shot.
