@@ -1,0 +1,70 @@
+"""The page's own function, and that the page can be built and asked through its API."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ballad_hf.inference import CachedZeroShotImageClassificationPipeline
+
+
+pytest.importorskip("gradio")
+
+
+@pytest.fixture(scope="module")
+def app():
+    file = Path(__file__).parents[1] / "examples" / "app.py"
+    spec = importlib.util.spec_from_file_location("app", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def classify(tiny_ballad, tiny_clip):
+    tiny_ballad.config.class_counts = [50, 20, 10, 5, 1]
+    return CachedZeroShotImageClassificationPipeline(
+        tiny_ballad, tiny_clip.tokenizer, image_processor=tiny_clip.image_processor
+    )
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+
+
+def test_the_models_classes_and_the_dial(app, classify, picture):
+    even, train = (app.top_classes(classify, picture, "", dial) for dial in (0, 1))
+    assert even == {row["label"]: row["score"] for row in classify(picture)}
+    assert (train["cat"] / train["owl"]) / (even["cat"] / even["owl"]) == pytest.approx(5, rel=1e-4)
+    rare = app.top_classes(classify, picture, "", -1)
+    assert (rare["cat"] / rare["owl"]) / (even["cat"] / even["owl"]) == pytest.approx(1 / 5, rel=1e-4)
+
+
+def test_typed_classes_are_cleaned_of_blanks_and_repeats(app, classify, picture):
+    scores = app.top_classes(classify, picture, " a tram\n\na bus \na tram\n", 1)
+    assert set(scores) == {"a tram", "a bus"}
+    assert sum(scores.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_no_picture_gives_nothing_and_mistakes_reach_the_page(app, classify, picture):
+    assert app.top_classes(classify, None, "", 0) == {}
+    classify.model.remove_text_tower()
+    with pytest.raises(app.gr.Error, match="without its text tower"):
+        app.top_classes(classify, picture, "a tram", 0)
+
+
+def test_the_page_names_the_model_and_locks_what_it_can_not_do(app, classify):
+    def locked(page):
+        return {
+            block.label: not block.interactive
+            for block in page.blocks.values()
+            if isinstance(block, app.gr.Slider | app.gr.Textbox)
+        }
+
+    assert not any(locked(app.build_page(classify, "outputs/digits")).values())
+    classify.model.config.class_counts = None
+    classify.model.remove_text_tower()
+    assert all(locked(app.build_page(classify, "outputs/digits")).values())
