@@ -243,10 +243,12 @@ def optimizer_to_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """An optimizer's whole state, named by the module's parameters: tensors, and the rest for JSON.
 
-    A collective call where the module is spread over processes; the main one gets the result.
+    A collective call where the module is spread over processes; the main one gets the result, the others nothing.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     content: Any = get_optimizer_state_dict(module, optimizer, options=options)
+    if not content:
+        return {}, {}
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, Any] = {}
     for parameter, values in content["state"].items():

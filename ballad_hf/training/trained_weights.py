@@ -31,13 +31,15 @@ def take_weights(module: nn.Module, copy: bool = True) -> dict[str, torch.Tensor
 
 
 def put_weights(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `take_weights` gave. Where there are several processes, all get the main one's tensors.
+    """Put back what `take_weights` gave. Where there are several processes, all get the main one's tensors, and those
+    of the others count for nothing.
 
     Raises:
         ValueError: tensors of another module.
     """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several, strict=False)
-    unknown = set_model_state_dict(module, dict(tensors), options=options).unexpected_keys
+    given = {} if several and dist.get_rank() else dict(tensors)
+    unknown = set_model_state_dict(module, given, options=options).unexpected_keys
     if unknown:
         raise ValueError(f"The weights belong to another model: it has no {', '.join(sorted(unknown)[:5])}.")
