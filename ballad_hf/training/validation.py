@@ -70,7 +70,7 @@ class Validator:
         # Shares of equal length, because a sharded tower's forward is a collective; rows that come twice count once.
         rows = range(process, -(-len(split) // processes) * processes, processes)
         share = Subset(split, [row % len(split) for row in rows])
-        # A generator of its own, for the loader's worker seeds: a validation must not move the numbers of the training.
+        # A generator of its own for worker seeds: a validation must not move the numbers of the training.
         own = torch.Generator().manual_seed(0)
         self._loader: Any = DataLoader(share, batch_size=batch_size, num_workers=num_workers, generator=own)
 
