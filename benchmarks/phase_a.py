@@ -5,8 +5,9 @@
 
 The naive step is written here, independently: prompts of all classes tokenised in each step, padded to 77 tokens and
 encoded, the whole batch at once, no autocast, SGD. Ours is what `train_phase_a` runs. Each way has a process of its
-own, so that its peak memory is its own. On a CPU steps are taken in turn, so that the machine's load is the same for
-all; on a GPU, which nobody shares, one way runs after the other and has the whole memory.
+own, so that its peak memory is its own. On a CPU steps are taken in turn and seconds are those of the CPU (of all
+threads together), so that what else the machine does counts little; on a GPU, which nobody shares, one way runs after
+the other and has the whole memory.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from towers import SIZES, Size, build_clip, training_flops
 
 
 TEMPLATE = "a photo of a {}."
+WARM_UP = 2  # steps that are not timed
 WORDS = [f"{first}{last}{end}" for first in "bdfgklmnprst" for last in "aeiou" for end in ("lus", "nia", "rix", "tum")]
 
 
@@ -185,7 +187,8 @@ def work(connection: Any, case: Case, way: Way) -> None:
         labels = connection.recv()
         if labels is None:
             return
-        started = time.perf_counter()
+        clock = time.perf_counter if cuda else time.process_time
+        started = clock()
         try:
             loss = step(labels)
         except torch.OutOfMemoryError:
@@ -193,7 +196,7 @@ def work(connection: Any, case: Case, way: Way) -> None:
             return
         if cuda:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+        seconds = clock() - started
         peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         connection.send({"loss": loss, "seconds": seconds, "bytes": peak - before})
 
@@ -219,7 +222,7 @@ def measure_in_turn(case: Case, ways: list[Way], steps: int) -> dict[str, dict[s
     for here, _ in workers.values():
         here.recv()
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-    for number in range(1 + steps):  # the first is a warm-up
+    for number in range(WARM_UP + steps):
         labels = draw_labels(case, number)
         for name, (here, _) in workers.items():
             if answers[name] and "out_of_memory" in answers[name][-1]:
@@ -235,7 +238,7 @@ def measure_in_turn(case: Case, ways: list[Way], steps: int) -> dict[str, dict[s
             here.send(None)
             results[name] = {
                 "first_loss": said[0]["loss"],
-                "seconds": statistics.median(answer["seconds"] for answer in said[1:]),
+                "seconds": statistics.median(answer["seconds"] for answer in said[WARM_UP:]),
                 "bytes": said[-1]["bytes"],
             }
         process.join()
