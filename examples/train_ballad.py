@@ -64,7 +64,8 @@ def main(command_line: list[str]) -> None:
         splits = load_splits(**vars(arguments.data), seed=run.seed)
     model, tokenizer, image_processor = load_model(arguments.model, splits.class_names, run.seed)
     model.config.class_counts = splits.class_counts.tolist()
-    check_before_training(model.clip, splits, image_processor)
+    batch_size = phase_a.batch_size if phase_a.epochs else None
+    check_before_training(model.clip, splits, image_processor, batch_size)
     model.to(accelerator.device)
 
     test = splits.validation if splits.test is None else splits.test

@@ -33,3 +33,10 @@ def test_a_picture_size_that_the_tower_cannot_take_is_named(tiny_clip):
     )
     with pytest.raises(ValueError, match=r"can't take pictures of 48 x 48 pixels.*32\*32"):
         check_before_training(tiny_clip.clip, splits_of(["cat", "dog"], [5, 1]), image_processor)
+
+
+def test_a_batch_larger_than_the_data_is_named_with_one_that_fits(tiny_clip):
+    splits = splits_of(["cat", "dog"], [30, 10])
+    check_before_training(tiny_clip.clip, splits, tiny_clip.image_processor, batch_size=40)
+    with pytest.raises(ValueError, match="batch_size is 512, but there are 40 training pictures.*such as 10"):
+        check_before_training(tiny_clip.clip, splits, tiny_clip.image_processor, batch_size=512)

@@ -11,16 +11,20 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..data.transforms import evaluation_transform
 
 
-def check_before_training(clip: PreTrainedModel, splits: Any, image_processor: BaseImageProcessor) -> None:
+def check_before_training(
+    clip: PreTrainedModel, splits: Any, image_processor: BaseImageProcessor, batch_size: int | None = None
+) -> None:
     """Refuse data that no classifier can be trained on, and pictures of a size that the tower can't take.
 
     Args:
         clip: the dual encoder.
         splits: the data, see `load_splits`.
         image_processor: makes the pictures' pixels.
+        batch_size: of phase A, over all processes; `None` where it is not run.
 
     Raises:
-        ValueError: fewer than two classes, a class without a training picture, a size that does not fit the tower.
+        ValueError: fewer than two classes, a class without a training picture, a batch larger than the training part,
+            a size that does not fit the tower.
     """
     class_names = list(splits.class_names)
     if len(class_names) < 2:
@@ -33,6 +37,12 @@ def check_before_training(clip: PreTrainedModel, splits: Any, image_processor: B
         raise ValueError(
             f"{len(empty)} classes have no training picture: {', '.join(empty)}. Add some, or take these classes out; "
             "classes without any picture can be added to a trained model by model.add_classes(...)."
+        )
+    pictures = int(np.sum(splits.class_counts))
+    if batch_size is not None and batch_size > pictures:
+        raise ValueError(
+            f"phase_a_batch_size is {batch_size}, but there are {pictures} training pictures: choose a smaller one, "
+            f"such as {max(1, min(64, pictures // 4))}."
         )
     pixel_values = evaluation_transform(image_processor)(splits.train.image(0)).unsqueeze(0)  # (1, 3, H, W)
     try:
