@@ -27,7 +27,7 @@ from ballad_hf.evaluation.evaluate import predict
 from ballad_hf.evaluation.results import write_results
 from ballad_hf.evaluation.table import metrics_table
 from ballad_hf.hub.model_card import render_model_card
-from ballad_hf.hub.push import CheckpointPusher, check_push
+from ballad_hf.hub.push import CheckpointPusher, PushError, check_push
 from ballad_hf.models.dual_encoders import load_dual_encoder, load_image_processor, load_tokenizer
 from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training.command_line import parse_arguments
@@ -152,8 +152,10 @@ def share(model, tokenizer, image_processor, splits, predictions, arguments):
     print(f"\n{splits.name}: accuracy on {len(test)} {part} pictures, in percent\n")
     print(f"{metrics_table(results)}\n\n{USE_IT.format(folder=folder)}")
     if run.push_to_hub:
-        repository = push_bundle(folder, repository_of(run), private=run.hub_private or None)
-        print(f"Pushed to {repository}")
+        try:
+            print(f"Pushed to {push_bundle(folder, repository_of(run), private=run.hub_private or None)}")
+        except PushError as error:  # the result is safe, and the message says how to push it later
+            raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +16,14 @@ from ballad_hf.models.tiny_clip import DualEncoder, build_tiny_clip
 
 
 CLASS_NAMES = ["cat", "dog", "owl", "red fox", "zebra"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """No test hands its accelerator on: a forked process would take over that there is one process."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,9 @@ exactly these files on the Hub.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -24,6 +22,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..models.modeling_ballad import BalladForImageClassification
+from ..training.run_folder import installed_versions
 from .layout import LAYOUT
 from .push import push_bundle
 
@@ -32,8 +31,6 @@ __all__ = ["check_output_dir", "push_bundle", "run_record", "save_bundle"]
 
 
 logger = logging.get_logger(__name__)
-
-_RECORDED_PACKAGES = ("ballad_hf", "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "numpy")
 
 
 def check_output_dir(output_dir: str | Path, overwrite: bool = False) -> None:
@@ -140,12 +137,7 @@ def save_bundle(
 
 def run_record(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What `training_arguments.json` holds: the arguments, their seed, and the versions they ran with."""
-    versions = {"python": platform.python_version()}
-    for package in _RECORDED_PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = installed_versions()
     return {"arguments": _plain(arguments), "seed": arguments.get("seed"), "versions": versions}
 
 

@@ -26,7 +26,10 @@ _MAY_CHANGE = {
     "hub_private",
     "hub_strategy",
 }
-_PACKAGES = ("ballad_hf", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy", "pillow")
+_PACKAGES = (
+    *("ballad_hf", "torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface_hub"),
+    *("numpy", "pillow", "scikit-learn"),
+)
 
 
 def claim_run_folder(
