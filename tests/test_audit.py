@@ -83,6 +83,16 @@ def test_the_text_says_it_all(beasts):
     assert "many-shot" not in text
 
 
+def test_missing_files_of_a_list_are_told(tmp_path, capsys):
+    photo(1).save(tmp_path / "a.png")
+    photo(2).save(tmp_path / "b.png")
+    (tmp_path / "train.txt").write_text("a.png 0\nb.png 0\ngone.png 0\n")
+    options = ["--on_unreadable", "skip", "--output_dir", str(tmp_path / "audit")]
+    (tmp_path / "names.txt").write_text("owl\n")
+    main([str(tmp_path / "train.txt"), "--class_names", str(tmp_path / "names.txt"), *options])
+    assert "Pictures that were left out: 1\n  gone.png is missing." in capsys.readouterr().out
+
+
 def test_clean_data_has_no_findings():
     splits = load_splits("digits")
     audit = audit_splits(splits)

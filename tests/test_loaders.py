@@ -2,8 +2,11 @@ import pytest
 import torch
 
 from ballad_hf import load_splits
+from ballad_hf.data.images import UnreadablePictureError
 from ballad_hf.data.loaders import epoch_batches, evaluation_loader, train_loader
+from ballad_hf.data.picture_stores import FilePictures
 from ballad_hf.data.samplers import ClassAwareSampler, InstanceSampler
+from ballad_hf.data.splits import ImageSplit
 from ballad_hf.data.transforms import CropSchedule, evaluation_transform, train_transform
 
 
@@ -79,6 +82,15 @@ def test_evaluation_sees_every_row_once_in_order(digits, tiny_clip):
     split = digits.validation.with_transform(evaluation_transform(tiny_clip.image_processor))
     rows = torch.cat([batch["index"] for batch in evaluation_loader(split, 64)])
     assert rows.tolist() == list(range(200))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_can_not_be_read_is_named_by_any_worker(workers, tmp_path, tiny_clip):
+    (tmp_path / "half.jpg").write_bytes(b"\xff\xd8\xff")
+    split = ImageSplit(FilePictures(tmp_path, ["half.jpg"]), [0], ["a"])
+    split = split.with_transform(evaluation_transform(tiny_clip.image_processor))
+    with pytest.raises(UnreadablePictureError, match=r"half.jpg can't be read"):
+        list(evaluation_loader(split, 1, num_workers=workers))
 
 
 def test_what_can_not_work_is_refused(digits, train):

@@ -99,6 +99,13 @@ def test_pictures_deep_in_class_folders_and_other_files(pictures):
     assert len(splits.train) + len(splits.validation) == 20
 
 
+def test_links_are_followed_but_not_in_circles(pictures):
+    (pictures / "owl" / "all").symlink_to(pictures / "owl", target_is_directory=True)
+    (pictures / "owl" / "foxes").symlink_to(pictures / "red_fox", target_is_directory=True)
+    splits = load_splits(pictures)
+    assert (splits.train.class_counts + splits.validation.class_counts).tolist() == [18, 12, 1]
+
+
 def test_a_class_that_only_the_test_has_is_refused(tmp_path):
     make_folder(tmp_path / "train", {"owl": 3})
     make_folder(tmp_path / "test", {"owl": 1, "yak": 1})

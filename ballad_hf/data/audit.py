@@ -98,6 +98,7 @@ class DataAudit:
         duplicates: pictures that come twice, within a part or in two of them.
         colliding_names: names that several classes have: name -> labels.
         doubtful_names: names that a prompt hardly tells from others, or that say nothing: name -> why.
+        left_out: pictures that were left out when the data was read, each with the reason.
     """
 
     name: str
@@ -107,6 +108,7 @@ class DataAudit:
     duplicates: list[Duplicate]
     colliding_names: dict[str, list[int]] = field(default_factory=dict)
     doubtful_names: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     def leaks(self) -> list[Duplicate]:
         """Duplicates in two parts: what was learnt or chosen with is tested on."""
@@ -150,6 +152,7 @@ def audit_splits(splits: Splits, num_threads: int | None = None) -> DataAudit:
         shot_groups={name: [splits.class_names[index] for index in members] for name, members in groups.items()},
         duplicates=_duplicates(dict(splits.items()), looked),
         doubtful_names=doubtful_names(splits.class_names),
+        left_out=splits.unreadable,
     )
 
 
@@ -338,6 +341,7 @@ def _blocks(audit: DataAudit) -> list[str]:
         + "\n".join(f"  {group}-shot: {len(names)} classes" for group, names in audit.shot_groups.items())
     )
     blocks = ["\n".join(lines), imbalance, _sizes_block(audit)]
+    blocks.append(_listed("Pictures that were left out", audit.left_out))
     for name, part in audit.parts.items():
         blocks.append(_listed(f"Classes without a {name} picture", part.empty_classes))
         blocks.append(_listed(f"Unreadable pictures in the {name} part", part.unreadable))

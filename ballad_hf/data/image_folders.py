@@ -63,7 +63,11 @@ def _pictures_of(root: Path) -> dict[str, list[str]]:
 
 def _picture_paths(folder: Path, prefix: str) -> Iterator[str]:
     extensions = Image.registered_extensions()
-    for where, _, names in os.walk(folder, followlinks=True):
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        # A link to a folder above would be walked for ever.
+        seen.add(os.path.realpath(where))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(where, name)) not in seen]
         inside = os.path.join(prefix, os.path.relpath(where, folder))
         for name in names:
             if os.path.splitext(name)[1].lower() in extensions and not name.startswith("."):

@@ -18,11 +18,12 @@ COLUMNS = {
 ABSENT = "–"
 
 
-def metrics_table(rows: Mapping[str, LongTailMetrics]) -> str:
+def metrics_table(rows: Mapping[str, LongTailMetrics], gain: bool = True) -> str:
     """An aligned table in percent, and under it what the last row gained over the first.
 
     Args:
         rows: the metrics of each stage or model, in the order to show, such as before training, phase A, phase B.
+        gain: show what the last row gained; for stages rather than for rivals.
 
     Returns:
         Lines without a newline at the end. A group that does not exist shows as a dash.
@@ -46,7 +47,7 @@ def metrics_table(rows: Mapping[str, LongTailMetrics]) -> str:
         raise ValueError("There is no row to show: give the metrics of at least one model.")
     lines = [["", *COLUMNS.values()]]
     lines += [[name, *(percent(getattr(metrics, column)) for column in COLUMNS)] for name, metrics in rows.items()]
-    if len(rows) > 1:
+    if gain and len(rows) > 1:
         first, last = list(rows.values())[0], list(rows.values())[-1]
         gains = (percent_gain(getattr(first, column), getattr(last, column)) for column in COLUMNS)
         lines.append(["gain", *gains])

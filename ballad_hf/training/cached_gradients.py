@@ -160,12 +160,12 @@ class StepGradients:
         last_gradient = add(last, scale, last_labels)
         with self.accelerator.no_sync(self.towers):
             for piece, piece_labels in zip(pieces[:-1], label_pieces, strict=True):
-                features = self.towers(piece) if self.image_is_trained else self._features(piece)
-                gradient = add(features.image, scale, piece_labels)
+                output: Any = self.towers(piece) if self.image_is_trained else self._features(piece)
+                gradient = add(output.image, scale, piece_labels)
                 if self.image_is_trained:
-                    torch.autograd.backward(features.image, gradient)
+                    output.image.backward(gradient)
         if text_leaf is not None:
-            torch.autograd.backward(text_embeds, embeds_leaf.grad)
+            torch.autograd.backward(text_embeds, _gradient_at(embeds_leaf))
         self._again(pieces[-1:], [last_gradient], last_states, share, text_leaf, text_states, scale)
         return total
 

@@ -39,7 +39,7 @@ def put_weights(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several, strict=False)
-    given = {} if several and dist.get_rank() else dict(tensors)
+    given: Any = {} if several and dist.get_rank() else dict(tensors)
     unknown = set_model_state_dict(module, given, options=options).unexpected_keys
     if unknown:
         raise ValueError(f"The weights belong to another model: it has no {', '.join(sorted(unknown)[:5])}.")

@@ -1,0 +1,310 @@
+"""Extraction: the model's own features, whatever the workers, processes and kills, and never from a stale cache."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, debug_launcher
+from PIL import Image
+
+from ballad_hf import BalladForImageClassification, evaluate, extract_features, load_splits
+from ballad_hf.data.transforms import evaluation_transform, five_crop_transform, train_transform
+from ballad_hf.features import shards as disk
+from ballad_hf.features.cache import FeatureCache
+from ballad_hf.features.extraction import view_seeds
+from ballad_hf.models.tiny_clip import build_tiny_clip
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_splits("digits")
+
+
+@pytest.fixture
+def model(tiny_ballad, tiny_clip, digits):
+    tiny_ballad.set_class_names(digits.class_names, tiny_clip.tokenizer)
+    return tiny_ballad
+
+
+@pytest.fixture
+def few(digits):
+    return digits.train.select(range(0, 60, 3))
+
+
+@pytest.fixture
+def no_tower(model, monkeypatch):
+    """Call it, and from then on a run of the image tower fails."""
+
+    def forbid():
+        def run(**kwargs):
+            raise AssertionError("The image tower ran.")
+
+        monkeypatch.setattr(model.clip, "get_image_features", run)
+
+    return forbid
+
+
+def small_shards(monkeypatch, rows=8):
+    monkeypatch.setattr(disk, "_FEWEST_ROWS", rows)
+
+
+def test_rows_are_the_towers_features_before_the_adapter(model, tiny_clip, few):
+    table = extract_features(model, few, image_processor=tiny_clip.image_processor, batch_size=7)
+    transform = evaluation_transform(tiny_clip.image_processor)
+    for row in (0, 6, 7, 19):
+        pixel_values = transform(few.image(row))[None]
+        with torch.no_grad():
+            expected = model.clip.get_image_features(pixel_values=pixel_values).pooler_output
+        torch.testing.assert_close(table.features[row], expected, rtol=1e-5, atol=1e-5)
+    assert table.labels.tolist() == few.labels.tolist()
+    torch.testing.assert_close(table.class_embeds, model.class_embeds)
+    assert table.logit_scale == pytest.approx(model.logit_scale.item())
+    assert table.class_names == model.config.class_names
+
+
+def test_the_table_scores_as_the_model_does(model, tiny_clip, digits):
+    part = digits.validation.select(range(0, 200, 4))
+    table = extract_features(model, part, image_processor=tiny_clip.image_processor)
+    weight, ratio = model.adapter.linear.weight.detach(), model.config.adapter_ratio
+    from_table = evaluate(table, adapter=weight, adapter_ratio=ratio)
+    from_model = evaluate(model, part, image_processor=tiny_clip.image_processor, train_counts=table.class_counts)
+    assert from_table.class_accuracy == from_model.class_accuracy
+    assert from_table.negative_log_likelihood == pytest.approx(from_model.negative_log_likelihood, rel=1e-4)
+
+
+def test_five_crops_from_the_table_score_as_through_the_model(model, tiny_clip, few):
+    transform = five_crop_transform(tiny_clip.image_processor, expand=6)
+    table = extract_features(model, few, transform=transform, views=5, batch_size=3)
+    assert table.features.shape == (20, 5, 16)
+    assert not torch.equal(table.features[:, 0], table.features[:, 1])
+    weight, ratio = model.adapter.linear.weight.detach(), model.config.adapter_ratio
+    from_table = evaluate(table, adapter=weight, adapter_ratio=ratio)
+    from_model = evaluate(model, few, transform=transform, train_counts=table.class_counts)
+    assert from_table.class_accuracy == from_model.class_accuracy
+    assert from_table.negative_log_likelihood == pytest.approx(from_model.negative_log_likelihood, rel=1e-4)
+
+
+def test_views_are_the_same_for_any_batch_and_number_of_workers(model, tiny_clip, few):
+    common = {"image_processor": tiny_clip.image_processor, "views": 3, "seed": 4}
+    table = extract_features(model, few, batch_size=64, **common)
+    other = extract_features(model, few, batch_size=7, num_workers=2, **common)
+    torch.testing.assert_close(table.features, other.features, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(table.features[:, 0], table.features[:, 1])
+    another_seed = extract_features(model, few, **{**common, "seed": 5})
+    assert not torch.allclose(table.features, another_seed.features)
+
+
+def test_a_view_is_the_transform_with_its_own_seed(model, tiny_clip, few):
+    transform = train_transform(tiny_clip.image_processor)
+    table = extract_features(model, few, transform=transform, views=2, seed=9)
+    seed = int(view_seeds(np.array([5]), 1, 9)[0])
+    from ballad_hf.data.samplers import Draw
+
+    pixel_values = few.with_transform(transform)[Draw(5, seed)]["pixel_values"][None]
+    with torch.no_grad():
+        expected = model.clip.get_image_features(pixel_values=pixel_values).pooler_output[0]
+    torch.testing.assert_close(table.features[5, 1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_seeds_of_views_differ_by_row_view_and_seed():
+    seeds = [view_seeds(np.arange(1000), view, seed) for view in range(3) for seed in range(2)]
+    assert len(np.unique(np.concatenate(seeds))) == 6000
+    assert min(map(np.min, seeds)) >= 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_halves_the_bytes(model, tiny_clip, few, dtype):
+    full = extract_features(model, few, image_processor=tiny_clip.image_processor)
+    half = extract_features(model, few, image_processor=tiny_clip.image_processor, dtype=dtype)
+    assert half.dtype == dtype
+    assert half.nbytes * 2 == full.nbytes
+    torch.testing.assert_close(half.features.float(), full.features, rtol=1e-2, atol=1e-2)
+
+
+def test_the_second_time_no_picture_passes_the_tower(model, tiny_clip, few, tmp_path, no_tower):
+    common = {"image_processor": tiny_clip.image_processor, "cache_dir": tmp_path}
+    first = extract_features(model, few, **common)
+    model.set_class_names([f"digit {name}" for name in model.config.class_names], tiny_clip.tokenizer)
+    no_tower()
+    second = extract_features(model, few, **common)  # other names, the same pictures and weights
+    assert torch.equal(first.features, second.features)
+    assert not torch.allclose(first.class_embeds, second.class_embeds)
+
+
+def test_nothing_stale_is_served(model, tiny_clip, few, tmp_path):
+    def entries(split=few, **kwargs):
+        arguments = {"image_processor": tiny_clip.image_processor, "cache_dir": tmp_path, **kwargs}
+        table = extract_features(model, split, **arguments)
+        return table, len(FeatureCache(tmp_path).list())
+
+    first, number = entries()
+    assert number == 1
+    assert entries(views=2)[1] == 2
+    assert entries(views=2, seed=1)[1] == 3
+    assert entries(dtype=torch.float16)[1] == 4
+    assert entries(split=few.select(range(1, 20)))[1] == 5
+    crop = train_transform(tiny_clip.image_processor, scale=(0.9, 1.0))
+    assert entries(views=2, transform=crop)[1] == 6
+    with torch.no_grad():
+        model.clip.vision_model.embeddings.class_embedding[0] += 1
+    changed, number = entries()
+    assert number == 7
+    assert not torch.allclose(first.features, changed.features)
+    with torch.no_grad():
+        model.clip.vision_model.embeddings.class_embedding[0] -= 1
+
+
+def test_a_changed_file_is_not_served_stale(model, tiny_clip, tmp_path):
+    pictures = tmp_path / "pictures"
+    generator = np.random.default_rng(0)
+    for name in model.config.class_names:
+        (pictures / name).mkdir(parents=True)
+        for index in range(3):
+            pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(pictures / name / f"{index}.png")
+
+    def table():
+        train = load_splits(str(pictures)).train
+        return extract_features(model, train, image_processor=tiny_clip.image_processor, cache_dir=tmp_path / "cache")
+
+    before = table()
+    for file in pictures.rglob("*.png"):
+        Image.new("RGB", (32, 32), "red").save(file)
+    after = table()
+    assert len(FeatureCache(tmp_path / "cache").list()) == 2
+    assert not torch.allclose(before.features, after.features)
+    assert torch.allclose(after.features, after.features[:1], atol=1e-4)
+
+
+def test_a_damaged_shard_alone_is_computed_again(model, tiny_clip, few, tmp_path, monkeypatch):
+    small_shards(monkeypatch)
+    common = {"image_processor": tiny_clip.image_processor, "cache_dir": tmp_path}
+    first = extract_features(model, few, **common).features.clone()
+    victim = next(tmp_path.glob("*/shard-00001.safetensors"))
+    content = bytearray(victim.read_bytes())
+    content[-3] ^= 255
+    victim.write_bytes(content)
+    written = []
+    write = disk.write_tensors
+    monkeypatch.setattr(disk, "write_tensors", lambda *args: (written.append(args[1]), write(*args)))
+    again = extract_features(model, few, **common)
+    assert written == ["shard-00001.safetensors", disk.HEAD]
+    torch.testing.assert_close(again.features, first, rtol=1e-5, atol=1e-5)
+
+
+def killed_while_extracting(model, split, image_processor, folder, files: int) -> int:
+    """A process of its own that dies by SIGKILL in the middle of writing a file; its exit status."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    write = disk._write_aside
+    left = iter(range(files, -1, -1))
+
+    def write_then_die(path, content):
+        if next(left) == 0:
+            path.with_name(f".{path.name}.1.tmp").write_bytes(content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, content)
+
+    try:
+        disk._write_aside = write_then_die
+        extract_features(model, split, image_processor=image_processor, cache_dir=folder)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("files", [2, 4])  # after two of three shards; before the manifest
+def test_a_killed_run_is_taken_up_where_it_stopped(model, tiny_clip, few, tmp_path, monkeypatch, files):
+    small_shards(monkeypatch)
+    processor = tiny_clip.image_processor
+    assert killed_while_extracting(model, few, processor, tmp_path, files) == -signal.SIGKILL
+    cache = FeatureCache(tmp_path)
+    assert [entry.complete for entry in cache.list()] == [False]
+
+    written = []
+    write = disk.write_tensors
+    monkeypatch.setattr(disk, "write_tensors", lambda *args: (written.append(args[1]), write(*args)))
+    resumed = extract_features(model, few, image_processor=processor, cache_dir=tmp_path)
+    assert written == ([disk.HEAD] if files == 4 else ["shard-00002.safetensors", disk.HEAD])
+    assert [entry.complete for entry in cache.list()] == [True]
+    plain = extract_features(model, few, image_processor=processor)
+    torch.testing.assert_close(resumed.features, plain.features, rtol=1e-5, atol=1e-5)
+
+
+def _in_two_processes(folder: str) -> None:
+    torch.set_num_threads(1)
+    disk._FEWEST_ROWS = 8
+    accelerator = Accelerator(cpu=True)
+    clip, tokenizer, image_processor = build_tiny_clip(layers=1)
+    splits = load_splits("digits")
+    model = BalladForImageClassification.from_dual_encoder(clip, splits.class_names, tokenizer)
+    part = splits.train.select(range(29))
+    common = {"image_processor": image_processor, "accelerator": accelerator, "views": 2}
+    whole = extract_features(model, part, **common)
+    written = []
+    write = disk.write_tensors
+    disk.write_tensors = lambda *args: (written.append(args[1]), write(*args))
+    cached = extract_features(model, part, cache_dir=Path(folder, "cache"), **common)
+    again = extract_features(model, part, cache_dir=Path(folder, "cache"), **common)
+    rank = accelerator.process_index
+    torch.save([whole.features, cached.features.clone(), again.features.clone()], Path(folder, f"{rank}.pt"))
+    Path(folder, f"{rank}.json").write_text(json.dumps(written))
+
+
+def test_two_processes_share_the_work_and_get_the_same_table(tmp_path):
+    debug_launcher(_in_two_processes, (str(tmp_path),), num_processes=2)
+    clip, tokenizer, image_processor = build_tiny_clip(layers=1)
+    splits = load_splits("digits")
+    model = BalladForImageClassification.from_dual_encoder(clip, splits.class_names, tokenizer)
+    alone = extract_features(model, splits.train.select(range(29)), image_processor=image_processor, views=2)
+    for rank in range(2):
+        for features in torch.load(tmp_path / f"{rank}.pt", weights_only=True):
+            torch.testing.assert_close(features, alone.features, rtol=1e-5, atol=1e-5)
+    written = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert written == [
+        ["shard-00000.safetensors", "shard-00002.safetensors", disk.HEAD],
+        ["shard-00001.safetensors", "shard-00003.safetensors"],
+    ]
+
+
+def test_no_space_leaves_what_was_there(model, tiny_clip, few, tmp_path, monkeypatch):
+    common = {"image_processor": tiny_clip.image_processor, "cache_dir": tmp_path}
+    first = extract_features(model, few, **common)
+    write = disk.write_tensors
+
+    def full(folder, name, tensors):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(disk, "write_tensors", full)
+    with pytest.raises(OSError, match=r"No space for features .* are intact"):
+        extract_features(model, few, views=2, **common)
+    monkeypatch.setattr(disk, "write_tensors", write)
+    assert torch.equal(extract_features(model, few, **common).features, first.features)
+
+
+def test_features_that_are_not_finite_name_their_pictures(model, tiny_clip, few):
+    with torch.no_grad():
+        model.clip.visual_projection.weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"NaN or infinity for pictures \[0, 1, 2"):
+        extract_features(model, few, image_processor=tiny_clip.image_processor)
+
+
+def test_bad_requests_are_refused(model, tiny_clip, few, tmp_path):
+    processor = tiny_clip.image_processor
+    with pytest.raises(ValueError, match="views is 0"):
+        extract_features(model, few, image_processor=processor, views=0)
+    with pytest.raises(ValueError, match="holds no pictures"):
+        extract_features(model, few.select([]), image_processor=processor)
+    with pytest.raises(ValueError, match="float64: choose one of float32"):
+        extract_features(model, few, image_processor=processor, dtype=torch.float64)
+    with pytest.raises(ValueError, match="makes 5 views of a picture: give views=5"):
+        extract_features(model, few, transform=five_crop_transform(processor), views=2)
+    with pytest.raises(ValueError, match="can't be told from another"):
+        extract_features(model, few, transform=lambda picture, rng: torch.zeros(3, 32, 32), cache_dir=tmp_path)
+    model.config.label_bank_fingerprint = None
+    with pytest.raises(ValueError, match="no class embeddings yet"):
+        extract_features(model, few, image_processor=processor)
