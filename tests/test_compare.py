@@ -15,7 +15,6 @@ from ballad_hf import LongTailMetrics
 from ballad_hf.evaluation.compare import compare, main, plot_comparison, read_runs
 from ballad_hf.evaluation.paired import holm, mcnemar, paired_differences, same_pictures, significance
 from ballad_hf.evaluation.predictions import Predictions
-from ballad_hf.evaluation.results import write_results
 
 
 COUNTS = [500, 50, 5]
@@ -34,7 +33,11 @@ def _metrics(said):
 
 
 def _write(folder, stages):
-    write_results(folder, {name: _metrics(said) for name, said in stages.items()}, stages, title="Letters")
+    """A run's folder as `write_results` leaves it, without the plots."""
+    (folder / "predictions").mkdir(parents=True)
+    for name, said in stages.items():
+        said.save(folder / "predictions" / f"{name.replace(' ', '_')}.safetensors")
+    (folder / "metrics.json").write_text(json.dumps({name: _metrics(said).to_dict() for name, said in stages.items()}))
     return str(folder)
 
 
