@@ -145,8 +145,10 @@ def share(model, tokenizer, image_processor, splits, predictions, arguments):
         stage: LongTailMetrics.from_predictions(said, splits.class_counts, splits.class_names)
         for stage, said in predictions.items()
     }
-    write_results(run.output_dir, results, predictions, title=splits.name, split=test, arguments=told)
-    card = render_model_card(model, results, dataset_name=splits.name, arguments=told, splits=splits, seeds=run.seed)
+    plots = write_results(run.output_dir, results, predictions, title=splits.name, split=test, arguments=told)
+    card = render_model_card(
+        model, results, dataset_name=splits.name, arguments=told, splits=splits, seeds=run.seed, plots=plots
+    )
     folder = save_bundle(run.output_dir, model, tokenizer, image_processor, card=card, arguments=told, overwrite=True)
     part = "validation" if splits.test is None else "test"
     print(f"\n{splits.name}: accuracy on {len(test)} {part} pictures, in percent\n")
