@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from ballad_hf import BalladForImageClassification, train_phase_a
+from ballad_hf.data import transforms
 from ballad_hf.data.picture_stores import ArrayPictures
 from ballad_hf.data.splits import ImageSplit, Splits
 from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
@@ -334,6 +335,22 @@ def test_on_checkpoint_is_told_and_may_fail(model, splits, encoder, tmp_path, ca
     trained(model, splits, encoder, arguments(checkpoint_every_steps=3), output_dir=tmp_path, on_checkpoint=fails)
     assert {"step-0000000000", "step-0000000003", "step-0000000006"} <= set(told)
     assert "no network" in caplog.text
+
+
+@pytest.mark.parametrize("sampler", ["class_aware", "power", "progressive"])
+def test_samplers_and_the_crop_schedule_reach_the_loader(model, splits, encoder, sampler, monkeypatch):
+    scales = []
+    draw = transforms._random_box
+
+    def recorded(width, height, scale, rng):
+        scales.append(scale)
+        return draw(width, height, scale, rng)
+
+    monkeypatch.setattr(transforms, "_random_box", recorded)
+    told = arguments(epochs=3, sampler=sampler, crop_schedule="linear", crop_scale=0.5)
+    result = trained(model, splits, encoder, told)
+    pictures = 8 * result.steps // 3
+    assert scales == [(0.5, 1.0)] * pictures + [(0.75, 1.0)] * pictures + [(1.0, 1.0)] * pictures
 
 
 def test_bad_input_is_named(model, splits, encoder):

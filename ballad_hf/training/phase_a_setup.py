@@ -253,13 +253,15 @@ def _takes_gradients(clip: nn.Module, tower: str) -> bool:
 
 def _loader(split, sampler, image_processor, arguments, accelerator: Accelerator, seed: int, num_workers: int):
     from ..data.loaders import train_loader
-    from ..data.transforms import train_transform
+    from ..data.transforms import CropSchedule, train_transform
 
+    schedule = arguments.crop_schedule
     transform = train_transform(
         image_processor,
         scale=(arguments.crop_scale, 1.0),
         horizontal_flip=arguments.horizontal_flip,
         color_jitter=arguments.color_jitter,
+        crop_schedule=None if schedule == "none" else CropSchedule(arguments.epochs, schedule),
     )
     loader = train_loader(
         split.with_transform(transform),
