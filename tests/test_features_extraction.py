@@ -308,3 +308,7 @@ def test_bad_requests_are_refused(model, tiny_clip, few, tmp_path):
     model.config.label_bank_fingerprint = None
     with pytest.raises(ValueError, match="no class embeddings yet"):
         extract_features(model, few, image_processor=processor)
+
+
+def test_small_towers_get_crops_that_still_show_the_picture(tiny_clip):
+    assert five_crop_transform(tiny_clip.image_processor).expand == 3  # 24 of 224, for 32 pixels

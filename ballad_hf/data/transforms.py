@@ -288,7 +288,7 @@ def train_transform(
     )
 
 
-def five_crop_transform(image_processor: Any, expand: int = 24) -> FiveCropTransform:
+def five_crop_transform(image_processor: Any, expand: int | None = None) -> FiveCropTransform:
     """Five views of each picture for test-time ensembling, as LIFT (Shi et al., 2024) evaluates with.
 
     The picture is resized to `expand` pixels more than the tower takes, then cut at the centre and the four corners.
@@ -296,7 +296,8 @@ def five_crop_transform(image_processor: Any, expand: int = 24) -> FiveCropTrans
 
     Args:
         image_processor: its size, crop, filter, mean and standard deviation are taken over.
-        expand: pixels more a side, 1 or more; the paper uses 24 for towers of 224.
+        expand: pixels more a side, 1 or more; default: 24 for towers of 224, as in the paper, and in proportion for
+            others.
 
     Example:
 
@@ -306,9 +307,12 @@ def five_crop_transform(image_processor: Any, expand: int = 24) -> FiveCropTrans
     >>> five_crop_transform(build_tiny_clip().image_processor, expand=4)(Image.new("RGB", (60, 40))).shape
     torch.Size([5, 3, 32, 32])
     """
+    pixel_format = PixelFormat.of(image_processor)
+    if expand is None:
+        expand = max(1, round(24 / 224 * max(pixel_format.height, pixel_format.width)))
     if expand < 1:
         raise ValueError(f"expand is {expand}: with less than 1 pixel more, all five views would be the same.")
-    return FiveCropTransform(PixelFormat.of(image_processor), int(expand))
+    return FiveCropTransform(pixel_format, int(expand))
 
 
 def _does(image_processor: Any, step: str) -> bool:
