@@ -298,7 +298,7 @@ def test_running_statistics_of_a_modified_resnet(splits, encoder, batch_norm):
     text_config = encoder.clip.config.text_config.to_dict()
     config = CLIPResNetConfig(
         text_config=text_config,
-        vision_config={"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "num_attention_heads": 4},
+        vision_config={"image_size": 32, "depths": [1, 1, 1, 1], "width": 8, "num_attention_heads": 4},
         projection_dim=16,
     )
     torch.manual_seed(0)
@@ -309,6 +309,20 @@ def test_running_statistics_of_a_modified_resnet(splits, encoder, batch_norm):
     trained(model, dataclasses.replace(splits, validation=None), encoder, told)
     statistics = {name for name in changed(before, clip) if "running" in name}
     assert bool(statistics) == (batch_norm == "train")
+
+
+def test_low_rank_updates_of_one_tower_alone_are_said(encoder, caplog):
+    pytest.importorskip("peft")
+    from ballad_hf.models.configuration_clip_resnet import CLIPResNetConfig
+    from ballad_hf.training.lora import LowRankUpdates
+
+    vision = {"image_size": 32, "depths": [1, 1, 1, 1], "width": 8, "num_attention_heads": 4}
+    config = CLIPResNetConfig(text_config=encoder.clip.config.text_config.to_dict(), vision_config=vision)
+    clip = CLIPResNetModel(config)
+    LowRankUpdates(clip, "both", rank=2)
+    assert "The vision_model of this CLIPResNetModel has no layers" in caplog.text
+    with pytest.raises(ValueError, match="no attention and MLP layers"):
+        LowRankUpdates(CLIPResNetModel(config), "image", rank=2)
 
 
 def test_a_tracker_is_told(model, splits, encoder, tmp_path):

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from torch import nn
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # Linear layers of attention and of the transformer's MLP, by the names of transformers' dual encoders.
 _LAYERS = r"(?:q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
@@ -53,6 +56,13 @@ class LowRankUpdates:
                 f"The {towers!r} tower(s) of this {type(clip).__name__} have no attention and MLP layers that "
                 "low-rank updates are known for: train the weights themselves (lora_rank=0), or another tower."
             ) from error
+        updated = {name.split(".")[0] for name, _ in clip.named_parameters() if is_low_rank(name)}
+        missing = {"vision_model", "text_model"} - updated
+        if towers == "both" and missing:
+            logger.warning(
+                f"The {missing.pop()} of this {type(clip).__name__} has no layers that low-rank updates are known for, "
+                "so only the other tower is trained: choose lora_rank=0 to train the weights of both."
+            )
 
     def merge(self) -> None:
         """Add the updates to the weights, and make the dual encoder plain again."""
