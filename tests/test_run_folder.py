@@ -12,6 +12,8 @@ def test_a_new_folder_gets_the_arguments_in_the_form_that_config_reads(tmp_path)
 
 def test_another_run_is_not_touched(tmp_path):
     claim_run_folder(tmp_path, {"seed": 0})
+    claim_run_folder(tmp_path, {"seed": 1})  # it stopped before it had anything
+    (tmp_path / "phase_a").mkdir()
     with pytest.raises(FileExistsError, match=r"another run.*--resume auto.*--overwrite_output_dir"):
         claim_run_folder(tmp_path, {"seed": 0})
 
@@ -31,6 +33,7 @@ def test_overwriting_empties_a_run_but_never_a_folder_of_other_files(tmp_path):
 
 def test_going_on_wants_the_same_arguments_but_for_what_changes_no_weight(tmp_path):
     claim_run_folder(tmp_path, {"seed": 0, "num_workers": 0, "resume": "never"})
+    (tmp_path / "phase_a").mkdir()
     claim_run_folder(tmp_path, {"seed": 0, "num_workers": 2, "resume": "auto"}, resume=True)
     with pytest.raises(ValueError, match="seed was 0 and is 1"):
         claim_run_folder(tmp_path, {"seed": 1, "num_workers": 2, "resume": "auto"}, resume=True)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from .images import UnreadablePictureError
 from .picture_stores import PictureStore
 from .samplers import Draw
 
@@ -102,7 +103,12 @@ class ImageSplit(Dataset):
         transform = self.transform
         if hasattr(transform, "at_epoch"):
             transform = transform.at_epoch(draw.epoch)
-        picture = self.image(draw.index, getattr(transform, "enough", None))
+        try:
+            picture = self.image(draw.index, getattr(transform, "enough", None))
+        except UnreadablePictureError as error:
+            raise UnreadablePictureError(
+                f"{error} Mend or remove it, or leave out what can't be read: on_unreadable='skip'."
+            ) from error
         pixel_values = transform(picture, np.random.default_rng(draw.seed))
         return {"pixel_values": pixel_values, "labels": int(self.labels[draw.index]), "index": draw.index}
 

@@ -60,8 +60,8 @@ class LowRankUpdates:
         missing = {"vision_model", "text_model"} - updated
         if towers == "both" and missing:
             logger.warning(
-                f"The {missing.pop()} of this {type(clip).__name__} has no layers that low-rank updates are known for, "
-                "so only the other tower is trained: choose lora_rank=0 to train the weights of both."
+                f"The {missing.pop()} of this {type(clip).__name__} has no layers that low-rank updates are known "
+                "for, so only the other tower is trained: choose lora_rank=0 to train the weights of both."
             )
 
     def merge(self) -> None:

@@ -57,7 +57,8 @@ def claim_run_folder(
     """
     folder = Path(output_dir)
     record = folder / ARGUMENTS_FILE
-    holds_files = folder.is_dir() and any(folder.iterdir())
+    # A run that stopped before it had anything, such as at a mistake in its data, left its arguments alone.
+    holds_files = folder.is_dir() and any(path != record for path in folder.iterdir())
     if holds_files and not record.is_file():
         raise FileExistsError(
             f"{folder} holds files that are no run of this program: choose another --output_dir, or empty it yourself."
