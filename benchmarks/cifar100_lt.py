@@ -1,0 +1,386 @@
+"""The method against its rivals on CIFAR-100-LT: towers trained here from scratch, everything on the same splits.
+
+    python benchmarks/cifar100_lt.py --dataset uoft-cs/cifar100 --output_dir outputs/cifar100_lt
+    python benchmarks/cifar100_lt.py --dataset path/to/parquet --budget hour --output_dir outputs/hour
+
+A small CLIP is trained with each loss of phase A, its towers are frozen, and every head is fitted on their features:
+the class prompts alone, phase B in three ways, and the rivals. What a head lets one choose is chosen on the validation
+part; the test part is scored once, with what was chosen. Each result is a file in `--output_dir`: a run that was
+interrupted goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import functools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ballad_hf import BalladForImageClassification, FeatureTable, LongTailMetrics, extract_features, load_splits
+from ballad_hf.evaluation.evaluate import evaluate
+from ballad_hf.evaluation.frontier_plot import save_frontier
+from ballad_hf.models.configuration_clip_resnet import CLIPResNetConfig
+from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
+from ballad_hf.models.tiny_clip import build_tiny_clip
+from ballad_hf.training.arguments import PhaseAArguments, PhaseBArguments
+from ballad_hf.training.heads import compare_heads, head_metrics
+from ballad_hf.training.phase_a import train_phase_a
+from ballad_hf.training.phase_b import train_phase_b
+from ballad_hf.training.run_folder import claim_run_folder, installed_versions
+from ballad_hf.training.sweep import SweepSpace, sweep_phase_b
+
+
+LOSSES = ("contrastive", "class_prompt", "balanced_softmax", "logit_adjustment")
+RIVALS = ("zero_shot", "nearest_mean", "linear", "tau_norm", "crt", "lws", "cosine")
+PHASE_B = ("phase_b_official", "phase_b", "phase_b_tuned")
+TEMPLATE = "a photo of a {}."
+FIGURES = ("overall", "many", "medium", "few", "worst_class")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large the towers are and how long they are trained.
+
+    Args:
+        image_size: side that pictures are brought to, in pixels; the tower halves it five times.
+        width: channels after the stem of the ResNet; the last stage has 32 times as many.
+        depths: bottleneck blocks of each stage.
+        dim: width of the text tower and of the joint space.
+        epochs: of phase A.
+        batch_size: pictures a step of phase A.
+        learning_rate: peak rate of AdamW.
+    """
+
+    image_size: int
+    width: int
+    depths: tuple[int, int, int, int]
+    dim: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+
+
+BUDGETS = {
+    "minutes": Budget(32, 16, (1, 1, 1, 1), 64, epochs=6, batch_size=64, learning_rate=2e-3),
+    "hour": Budget(64, 16, (1, 1, 1, 1), 64, epochs=20, batch_size=64, learning_rate=2e-3),
+    "gpu": Budget(128, 64, (2, 2, 2, 2), 256, epochs=200, batch_size=128, learning_rate=1e-3),
+}
+
+
+class Stages:
+    """Results in a folder, each computed once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "results"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def holds(self, name: str) -> bool:
+        """Whether that result is there."""
+        return (self.folder / f"{name}.json").is_file()
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A result that is there."""
+        return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+
+    def once(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of that name: read where it is there, else computed, timed and written."""
+        if self.holds(name):
+            return self.read(name)
+        path = self.folder / f"{name}.json"
+        reset_peak_memory()
+        started = time.perf_counter()
+        result = compute()
+        result = {**result, "seconds": time.perf_counter() - started, "memory_mib": peak_memory()}
+        # A file that is there is whole: a run that is killed leaves a name that nobody reads.
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        os.replace(unfinished, path)
+        print(f"{name}: {result['seconds']:.1f} s", flush=True)
+        return result
+
+
+def reset_peak_memory() -> None:
+    """From here on the peak counts."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> float | None:
+    """MiB at the most: of the GPU, else of this process with its libraries; `None` where the system does not say."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        return None
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return None
+
+
+def build_model(budget: Budget, class_names: Sequence[str], seed: int) -> tuple[Any, Any, Any]:
+    """A Ballad over a narrow ResNet and a one-layer text tower from random weights; its tokenizer and processor."""
+    words = " ".join([TEMPLATE, *class_names]).replace(".", " ").replace("{}", " ").split()
+    _, tokenizer, image_processor = build_tiny_clip(image_size=budget.image_size, words=words)
+    text_config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": budget.dim,
+        "intermediate_size": 4 * budget.dim,
+        "num_hidden_layers": 1,
+        "num_attention_heads": max(1, budget.dim // 32),
+        "projection_dim": budget.dim,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision_config = {"image_size": budget.image_size, "width": budget.width, "depths": list(budget.depths)}
+    config = CLIPResNetConfig(text_config=text_config, vision_config=vision_config, projection_dim=budget.dim)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        clip = CLIPResNetModel(config).eval()
+    model = BalladForImageClassification.from_dual_encoder(clip, class_names, tokenizer, templates=[TEMPLATE])
+    return model, tokenizer, image_processor
+
+
+def phase_a_arguments(budget: Budget, loss: str) -> PhaseAArguments:
+    """There is no pretraining to preserve: the rates, the clipping and the batch norm of training from scratch."""
+    return PhaseAArguments(
+        epochs=budget.epochs,
+        batch_size=budget.batch_size,
+        loss=loss,  # type: ignore[arg-type]
+        optimizer="adamw",
+        learning_rate=budget.learning_rate,
+        weight_decay=0.05,
+        warmup_epochs=min(1.0, budget.epochs / 4),
+        max_grad_norm=1.0,
+        batch_norm="train",
+        color_jitter=0.0,
+        validate_every_epochs=max(1, budget.epochs // 6),
+        tail_guard="off",
+    )
+
+
+class Tower:
+    """A model after phase A with one loss and one seed, and its features; made when first asked for."""
+
+    def __init__(self, options: argparse.Namespace, splits: Any, stages: Stages, loss: str, seed: int):
+        self.options, self.splits, self.stages, self.loss, self.seed = options, splits, stages, loss, seed
+        self.name = f"{loss}-{seed}"
+        self._made: tuple[BalladForImageClassification, dict[str, FeatureTable]] | None = None
+
+    def made(self) -> tuple[BalladForImageClassification, dict[str, FeatureTable]]:
+        """The model and the tables of the three parts. Phase A and the features are read back where they are there."""
+        if self._made is not None:
+            return self._made
+        options, budget = self.options, self.options.settings
+        accelerator = Accelerator(mixed_precision=options.mixed_precision)
+        model, tokenizer, image_processor = build_model(budget, self.splits.class_names, self.seed)
+        folder = Path(options.output_dir) / "towers" / self.name
+        reading = {"num_workers": options.num_workers}
+
+        def train() -> dict[str, Any]:
+            arguments = phase_a_arguments(budget, self.loss)
+            result = train_phase_a(
+                model,
+                self.splits,
+                tokenizer,
+                image_processor,
+                arguments,
+                accelerator=accelerator,
+                output_dir=folder,
+                seed=self.seed,
+                resume="auto",
+                progress=options.progress,
+                **reading,
+            )
+            return {"best_epoch": result.best_epoch, "steps": result.steps, "history": result.history}
+
+        if self.stages.holds(f"tower-{self.name}"):
+            train()  # reads back the weights
+        self.stages.once(f"tower-{self.name}", train)
+        tables: dict[str, FeatureTable] = {}
+
+        def extract() -> dict[str, Any]:
+            for part in ("train", "validation", "test"):
+                tables[part] = extract_features(
+                    model,
+                    getattr(self.splits, part),
+                    image_processor=image_processor,
+                    batch_size=256,
+                    cache_dir=folder / "features",
+                    class_counts=self.splits.class_counts,
+                    accelerator=accelerator,
+                    **reading,
+                )
+            return {"rows": {part: table.rows for part, table in tables.items()}}
+
+        self.stages.once(f"features-{self.name}", extract)
+        if not tables:
+            extract()
+        self._made = model.cpu(), tables
+        return self._made
+
+    def fit(self, method: str, seed: int) -> dict[str, Any]:
+        """Fit one head and score the test part with what the validation part chose."""
+        model, tables = self.made()
+        if method in RIVALS:
+            result = compare_heads(tables["train"], tables["validation"], [method], seed=seed)[method]
+            test = head_metrics(tables["test"], result.head, tables["train"].class_counts)
+            return {"settings": dict(result.settings), **figures(result.validation, test)}
+        model = copy.deepcopy(model)
+        chosen = fit_phase_b(model, tables, method, seed, self.frontier_folder(seed))
+        scored = {part: adapter_metrics(model, tables[part]) for part in ("validation", "test")}
+        return {"settings": chosen, **figures(scored["validation"], scored["test"])}
+
+    def frontier_folder(self, seed: int) -> Path:
+        """Where the frontier of the tuned phase B is drawn."""
+        return Path(self.options.output_dir) / "frontiers" / f"{self.name}-{seed}"
+
+
+def fit_phase_b(
+    model: BalladForImageClassification, tables: Mapping[str, FeatureTable], method: str, seed: int, folder: Path
+) -> dict[str, Any]:
+    """Train the model's adapter in place; what was chosen."""
+    train, validation = tables["train"], tables["validation"]
+    if method == "phase_b_official":  # a random matrix, ratio 0.2, scale 100, the last epoch
+        model.config.logit_scale = 100.0
+        train_phase_b(model, train, PhaseBArguments(adapter_start="random"), seed=seed, progress=False)
+        return {}
+    if method == "phase_b":  # the defaults of this package: the identity, the best epoch by validation
+        result = train_phase_b(model, train, PhaseBArguments(), validation=validation, seed=seed, progress=False)
+        return {"best_epoch": result.best_epoch}
+    swept = sweep_phase_b(model, train, validation, SweepSpace(), seed=seed, progress=False)
+    save_frontier(swept.frontier, folder)
+    return {**swept.chosen.settings, "ratio": swept.chosen.ratio}
+
+
+def adapter_metrics(model: BalladForImageClassification, table: FeatureTable) -> LongTailMetrics:
+    """The model's adapter on a table, at its ratio and scale."""
+    return evaluate(
+        table.with_logit_scale(model.logit_scale.item()),
+        adapter=model.adapter.linear.weight.detach(),
+        adapter_ratio=model.config.adapter_ratio,
+        train_counts=table.class_counts.numpy(),
+    )
+
+
+def figures(validation: LongTailMetrics, test: LongTailMetrics) -> dict[str, Any]:
+    """What is kept of both parts."""
+    return {
+        part: {name: getattr(metrics, name) for name in ("mean_class", *FIGURES)}
+        for part, metrics in (("validation", validation), ("test", test))
+    }
+
+
+def summary(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], towers: Mapping[str, Any]) -> str:
+    """Markdown tables: accuracies on the test part in percent, mean and standard deviation, and what it took."""
+    heading = "overall | many | medium | few | worst class | validation | seconds | MiB"
+    lines = [f"| phase A | head | {heading} |", "|---|---|" + "---:|" * 8]
+    for (loss, method), runs in results.items():
+        cells = [spread([run["test"][name] for run in runs]) for name in FIGURES]
+        cells.append(spread([run["validation"]["mean_class"] for run in runs]))
+        cells.append(f"{statistics.mean(run['seconds'] for run in runs):.1f}")
+        cells.append(highest(runs))
+        lines.append(f"| {loss} | {method} | " + " | ".join(cells) + " |")
+    lines += ["", "| stage | seconds | MiB |", "|---|---:|---:|"]
+    lines += [f"| {name} | {run['seconds']:.1f} | {highest([run])} |" for name, run in towers.items()]
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean and sample standard deviation in percent; a dash where the group does not exist."""
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return "–"
+    deviation = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.1f}{deviation}"
+
+
+def highest(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The highest peak memory, where it is known of all."""
+    peaks = [run["memory_mib"] for run in runs]
+    return "–" if None in peaks else f"{max(peaks):.0f}"
+
+
+def parse_options(command_line: Sequence[str]) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", required=True, help="CIFAR-100: a folder, or a name on the Hub")
+    parser.add_argument("--label_column", help="column of the labels, where there is more than one choice")
+    parser.add_argument("--output_dir", required=True, help="folder of the results; the same command goes on there")
+    parser.add_argument("--imbalance_factor", type=float, default=100.0, help="largest class over smallest")
+    parser.add_argument("--budget", choices=BUDGETS, default="minutes", help="size of the towers and their schedule")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="losses of phase A")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the towers and phase A")
+    parser.add_argument("--head_seeds", nargs="+", type=int, default=[0, 1, 2], help="of the heads and phase B")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read pictures")
+    parser.add_argument("--no_progress", dest="progress", action="store_false", help="no bars")
+    for name in ("image_size", "width", "epochs", "batch_size"):
+        parser.add_argument(f"--{name}", type=int, help=f"{name} instead of the budget's")
+    options = parser.parse_args(command_line)
+    changed = {name: getattr(options, name) for name in ("image_size", "width", "epochs", "batch_size")}
+    changed = {name: value for name, value in changed.items() if value is not None}
+    options.settings = dataclasses.replace(BUDGETS[options.budget], **changed)
+    return options
+
+
+def main(command_line: Sequence[str]) -> str:
+    """Run what is not there yet; the tables, which are written to `table.md` too."""
+    options = parse_options(command_line)
+    folder = Path(options.output_dir)
+    # Losses and seeds may be added later, so they are no part of what the folder belongs to.
+    told = {"dataset": options.dataset, "imbalance_factor": options.imbalance_factor}
+    settings = {**dataclasses.asdict(options.settings), "depths": list(options.settings.depths)}
+    claim_run_folder(folder, {**told, **settings, "mixed_precision": options.mixed_precision}, resume=True)
+    # One split for all seeds: they differ by training alone.
+    splits = load_splits(
+        options.dataset, label_column=options.label_column, imbalance_factor=options.imbalance_factor, seed=0
+    )
+    if splits.test is None:
+        raise ValueError(
+            f"{options.dataset} has no test part: the benchmark reports on one that nothing is chosen on."
+        )
+    stages = Stages(folder)
+    results: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    towers: dict[str, Any] = {}
+    for loss in options.losses:
+        for seed in options.seeds:
+            tower = Tower(options, splits, stages, loss, seed)
+            tower_names = [f"{stage}-{tower.name}" for stage in ("tower", "features")]
+            if not all(map(stages.holds, tower_names)):
+                tower.made()
+            towers |= {name: stages.read(name) for name in tower_names}
+            for method in (*RIVALS, *PHASE_B):
+                for head_seed in options.head_seeds:
+                    name = f"{tower.name}-{method}-{head_seed}"
+                    if not stages.holds(name):
+                        tower.made()  # what is timed is the head alone
+                    result = stages.once(name, functools.partial(tower.fit, method, head_seed))
+                    results.setdefault((loss, method), []).append(result)
+    text = summary(results, towers)
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    about = {**machine, "threads": torch.get_num_threads(), **installed_versions()}
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    (folder / "machine.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return text
+
+
+if __name__ == "__main__":
+    print(main(sys.argv[1:]))
