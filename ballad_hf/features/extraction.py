@@ -217,7 +217,8 @@ class _Work:
         autocast = nullcontext if self.accelerator is None else self.accelerator.autocast
         pending: list[torch.Tensor] = []
         waiting = 0
-        batches = iter(tqdm(loader, desc="Image features", unit="batch", delay=2, disable=not self.is_main))
+        bar = tqdm(total=len(loader), desc="Image features", unit="batch", delay=2, disable=not self.is_main)
+        batches = iter(loader)
         try:
             for shard in shards:
                 needed = len(self.plan.span(shard)) * self.plan.views
@@ -227,10 +228,12 @@ class _Work:
                         features = self._features_of(batch)  # (views of the batch, dim)
                     pending.append(features)
                     waiting += len(features)
+                    bar.update()
                 together = torch.cat(pending)
                 pending, waiting = [together[needed:]], waiting - needed
                 yield shard, together[:needed].reshape(-1, self.plan.views, self.plan.dim)
         finally:
+            bar.close()
             self.model.train(was_training)
 
     def _features_of(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
