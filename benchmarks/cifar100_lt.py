@@ -4,7 +4,7 @@
     python benchmarks/cifar100_lt.py --dataset path/to/parquet --budget hour --output_dir outputs/hour
 
 A small CLIP is trained with each loss of phase A, its towers are frozen, and every head is fitted on their features:
-the class prompts alone, phase B in three ways, and the rivals. What a head lets one choose is chosen on the validation
+the class prompts alone, phase B in four ways, and the rivals. What a head lets one choose is chosen on the validation
 part; the test part is scored once, with what was chosen. Each result is a file in `--output_dir`: a run that was
 interrupted goes on when the same command is given again.
 """
@@ -45,7 +45,7 @@ from ballad_hf.training.sweep import SweepSpace, sweep_phase_b
 
 LOSSES = ("contrastive", "class_prompt", "balanced_softmax", "logit_adjustment")
 RIVALS = ("zero_shot", "nearest_mean", "linear", "tau_norm", "crt", "lws", "cosine")
-PHASE_B = ("phase_b_official", "phase_b", "phase_b_tuned")
+PHASE_B = ("phase_b_official", "phase_b", "phase_b_tuned", "phase_b_wide")
 TEMPLATE = "a photo of a {}."
 FIGURES = ("overall", "many", "medium", "few", "worst_class")
 
@@ -242,13 +242,13 @@ class Tower:
             test = head_metrics(tables["test"], result.head, tables["train"].class_counts)
             return {"settings": dict(result.settings), **figures(result.validation, test)}
         model = copy.deepcopy(model)
-        chosen = fit_phase_b(model, tables, method, seed, self.frontier_folder(seed))
+        chosen = fit_phase_b(model, tables, method, seed, self.frontier_folder(method, seed))
         scored = {part: adapter_metrics(model, tables[part]) for part in ("validation", "test")}
         return {"settings": chosen, **figures(scored["validation"], scored["test"])}
 
-    def frontier_folder(self, seed: int) -> Path:
-        """Where the frontier of the tuned phase B is drawn."""
-        return Path(self.options.output_dir) / "frontiers" / f"{self.name}-{seed}"
+    def frontier_folder(self, method: str, seed: int) -> Path:
+        """Where the frontier of a tuned phase B is drawn."""
+        return Path(self.options.output_dir) / "frontiers" / f"{self.name}-{method}-{seed}"
 
 
 def fit_phase_b(
@@ -263,7 +263,10 @@ def fit_phase_b(
     if method == "phase_b":  # the defaults of this package: the identity, the best epoch by validation
         result = train_phase_b(model, train, PhaseBArguments(), validation=validation, seed=seed, progress=False)
         return {"best_epoch": result.best_epoch}
-    swept = sweep_phase_b(model, train, validation, SweepSpace(), seed=seed, progress=False)
+    # The default grid is made for pretrained towers; the wide one goes as far as an adapter without the original.
+    wide = SweepSpace(ratios=[0.5, 1.0], learning_rates=[0.2, 1.0, 5.0], losses=[], sampler_powers=[])
+    space = wide if method == "phase_b_wide" else SweepSpace()
+    swept = sweep_phase_b(model, train, validation, space, seed=seed, progress=False)
     save_frontier(swept.frontier, folder)
     return {**swept.chosen.settings, "ratio": swept.chosen.ratio}
 
@@ -329,7 +332,7 @@ def parse_options(command_line: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--head_seeds", nargs="+", type=int, default=[0, 1, 2], help="of the heads and phase B")
     parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that read pictures")
-    parser.add_argument("--no_progress", dest="progress", action="store_false", help="no bars")
+    parser.add_argument("--no_progress", dest="progress", action="store_false", help="no bars in phase A")
     for name in ("image_size", "width", "epochs", "batch_size"):
         parser.add_argument(f"--{name}", type=int, help=f"{name} instead of the budget's")
     options = parser.parse_args(command_line)

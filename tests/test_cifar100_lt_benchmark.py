@@ -83,7 +83,7 @@ def test_the_whole_run_interrupted_and_resumed(benchmark, command, tmp_path, mon
     assert 0 <= runs[0]["settings"]["ratio"] <= 1
     # 126 of 140 a class are left to train on, then 28 and 6: one class many-shot, one medium, one few.
     assert all(runs[0]["test"][group] is not None for group in ("many", "medium", "few"))
-    assert (tmp_path / "out" / "frontiers" / "class_prompt-0-1" / "frontier.png").is_file()
+    assert (tmp_path / "out" / "frontiers" / "class_prompt-0-phase_b_tuned-1" / "frontier.png").is_file()
     assert (tmp_path / "out" / "table.md").read_text(encoding="utf-8") == text
 
     # Run once more there is nothing left to do; with another tower, the folder is refused.
