@@ -11,7 +11,7 @@ from .frontier import Frontier
 from .plot_style import BLUE, GREY, INK, VERMILION, draw, save_figure
 
 
-_PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f} %" if -1e-9 <= value <= 1 + 1e-9 else "")
+_PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g} %" if -1e-9 <= value <= 1 + 1e-9 else "")
 
 
 def plot_frontier(frontier: Frontier) -> Figure:
