@@ -12,15 +12,18 @@ import yaml
 from PIL import Image
 from transformers import pipeline
 
+from tests.hub_server import GOOD_TOKEN, HubServer
+
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--phase_a_epochs", "1", "--phase_b_epochs", "1", "--phase_b_views", "1"]
 
 
-def launch(*options: str, cwd: Path) -> subprocess.CompletedProcess:
+def launch(*options: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "examples" / "train_ballad.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    environment |= variables
     return subprocess.run([*command, *options], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
@@ -78,6 +81,27 @@ def test_a_folder_with_another_run_is_refused_before_training(digits_run):
     assert "holds another run" in result.stderr
     assert "--overwrite_output_dir" in result.stderr
     assert "before training" not in result.stdout
+
+
+def test_a_run_is_pushed_at_the_end_and_its_checkpoints_on_the_way(tmp_path):
+    push = ["--push_to_hub", "true", "--hub_model_id", "someone/digits", "--hub_private", "true"]
+    with HubServer() as hub:
+        online = {**hub.environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": GOOD_TOKEN}
+        result = launch(*QUICK, *push, "--hub_strategy", "checkpoint", "--output_dir", "run", cwd=tmp_path, **online)
+        assert result.returncode == 0, result.stderr
+        assert f"Pushed to {hub.url}/someone/digits" in result.stdout
+        repository = hub.repositories["someone/digits"]
+        assert repository.private
+        pushed = {name for commit in repository.commits for name in commit.files}
+        assert {"config.json", "README.md", "report.html", "arguments.yaml", "last-checkpoint/state.json"} <= pushed
+        assert not any(name.startswith("phase_a/") for name in pushed)
+
+
+def test_a_push_that_can_not_work_is_known_before_training(tmp_path):
+    result = launch(*QUICK, "--push_to_hub", "true", "--output_dir", "run", cwd=tmp_path)
+    assert result.returncode != 0
+    assert "A push to run would fail" in result.stderr
+    assert "Phase A" not in result.stderr
 
 
 @pytest.fixture
