@@ -62,6 +62,10 @@ def main(command_line: list[str]) -> None:
         command_line = ["--model", *command_line]
     parser = HfArgumentParser([DataArguments, EvaluationArguments], description=__doc__.split("\n")[0])
     data, options = parser.parse_args_into_dataclasses(command_line)
+    if options.unknown_dataset is not None and options.part == "validation":
+        raise ValueError(
+            "--unknown_dataset takes its threshold from the validation part: report another, such as --part test."
+        )
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
 
     # The model with what feeds it, and the part of the data in the model's labels.

@@ -93,6 +93,8 @@ def test_pictures_of_no_class(script, bundle, tmp_path, capsys):
     assert (figures["known"], figures["unknown"]) == (500, 500)
     assert figures["auroc"] == 0.5  # the same pictures: nothing tells them apart
     assert "AUROC 0.500" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="takes its threshold from the validation part"):
+        _run(script, bundle, tmp_path, "--unknown_dataset", "digits", "--part", "validation")
 
 
 def test_a_part_that_is_not_there(script, bundle, tmp_path):
