@@ -44,7 +44,7 @@ from ballad_hf.training.sweep import SweepSpace, sweep_phase_b
 
 
 LOSSES = ("contrastive", "class_prompt", "balanced_softmax", "logit_adjustment")
-RIVALS = ("zero_shot", "nearest_mean", "linear", "tau_norm", "crt", "lws", "cosine")
+RIVALS = ("zero_shot", "logit_adjusted", "nearest_mean", "linear", "tau_norm", "crt", "lws", "cosine")
 PHASE_B = ("phase_b_official", "phase_b", "phase_b_tuned", "phase_b_wide")
 TEMPLATE = "a photo of a {}."
 FIGURES = ("overall", "many", "medium", "few", "worst_class")
@@ -75,7 +75,7 @@ class Budget:
 
 BUDGETS = {
     "minutes": Budget(32, 16, (1, 1, 1, 1), 64, epochs=6, batch_size=64, learning_rate=2e-3),
-    "hour": Budget(64, 16, (1, 1, 1, 1), 64, epochs=20, batch_size=64, learning_rate=2e-3),
+    "hour": Budget(64, 16, (1, 1, 1, 1), 64, epochs=30, batch_size=64, learning_rate=2e-3),
     "gpu": Budget(128, 64, (2, 2, 2, 2), 256, epochs=200, batch_size=128, learning_rate=1e-3),
 }
 

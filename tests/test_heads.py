@@ -43,7 +43,9 @@ def test_every_head_beats_a_text_that_knows_nothing():
     assert start < 0.6
     for name, result in results.items():
         assert result.validation.train_counts == (150, 30, 6)
-        if name != "zero_shot":
+        if name == "logit_adjusted":  # a text that is wrong stays wrong, whatever is added
+            assert result.validation.mean_class >= start - 0.1
+        elif name != "zero_shot":
             # Tip-Adapter adds to what the text says, and this text is wrong with confidence.
             assert result.validation.mean_class > (start + 0.2 if name == "tip_adapter" else 0.7), name
     assert results["crt"].validation.few >= results["linear"].validation.few
@@ -61,6 +63,21 @@ def test_nearest_mean_is_the_mean_of_normalised_features():
     (_, head), *_ = _Fitting(table, 1, 0).nearest_mean()
     torch.testing.assert_close(head.weight[:2], torch.tensor([[1.0, 1.0], [0.0, -1.0]]))
     assert torch.equal(head.weight[2], table.class_embeds[2])  # no row, so its text
+
+
+def test_logit_adjustment_takes_the_prior_out_of_the_text_logits():
+    text, x = torch.eye(2), torch.tensor([[0.8, 0.6]])
+    table = FeatureTable(x, [0], text, logit_scale=10.0, class_counts=(90, 10))
+    heads = {settings["tau"]: head for settings, head in _Fitting(table, 1, 0).logit_adjusted()}
+    torch.testing.assert_close(heads[1.0].logits(x), torch.tensor([[8 - math.log(0.9), 6 - math.log(0.1)]]))
+    # The head class leads by 2, and log 9 = 2.197 goes to the other: tau = 0.75 takes 1.65 of it, tau = 1 all.
+    assert [int(heads[tau].logits(x).argmax()) for tau in (0.25, 0.75, 1.0, 2.0)] == [0, 0, 1, 1]
+
+
+def test_logit_adjustment_counts_a_class_without_pictures_as_one():
+    table = FeatureTable(torch.eye(2), [0, 0], torch.eye(2), class_counts=(3, 0))
+    for _, head in _Fitting(table, 1, 0).logit_adjusted():
+        assert torch.isfinite(head.bias).all()
 
 
 def test_neighbours_vote_by_likeness():

@@ -38,7 +38,18 @@ ENSEMBLE_TEMPLATES = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-HEADS = ("zero_shot", "nearest_mean", "k_nearest", "linear", "tau_norm", "crt", "lws", "cosine", "tip_adapter")
+HEADS = (
+    "zero_shot",
+    "logit_adjusted",
+    "nearest_mean",
+    "k_nearest",
+    "linear",
+    "tau_norm",
+    "crt",
+    "lws",
+    "cosine",
+    "tip_adapter",
+)
 _COSINE_SCALE = 30.0  # LIFT's
 _BATCH = 512
 _MOST_LOGITS = 2**24
@@ -132,6 +143,7 @@ def compare_heads(
     | name | head | source |
     |---|---|---|
     | `zero_shot` | the class embeddings | Radford et al., 2021 |
+    | `logit_adjusted` | `zero_shot` less `tau log p(c)`, without training | Menon et al., 2021, section 4.1 |
     | `nearest_mean` | cosine to the mean of the class's normalised features | Mensink et al., 2013 |
     | `k_nearest` | weighted vote of the nearest training rows | Wu et al., 2018 |
     | `linear` | softmax regression, rows drawn as they occur | |
@@ -255,6 +267,14 @@ class _Fitting:
     def zero_shot(self):
         yield {}, LinearHead(self.table.class_embeds, scale=self.table.logit_scale, cosine=True)
 
+    def logit_adjusted(self):
+        table = self.table
+        counts = table.class_counts.double().clamp_min(1)  # (classes,); a class without a picture counts as one
+        log_prior = (counts / counts.sum()).log().float()
+        for tau in (0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
+            bias = -tau * log_prior.to(table.class_embeds.device)
+            yield {"tau": tau}, LinearHead(table.class_embeds, bias, scale=table.logit_scale, cosine=True)
+
     def nearest_mean(self):
         table = self.table
         sums = torch.zeros(table.classes, table.dim)
@@ -322,7 +342,7 @@ class _Fitting:
 
     def _softmax_regression(self, loss: ClassificationLoss, balanced: bool):
         # Features of length 1 want larger rates than the features of length 10 or so that towers give.
-        for rate in (1.0, 10.0, 50.0):
+        for rate in (1.0, 10.0, 50.0, 200.0):
             weight = torch.zeros(self.table.classes, self.table.dim, requires_grad=True)
 
             def logits(features: torch.Tensor, weight=weight) -> torch.Tensor:
