@@ -65,6 +65,20 @@ def test_the_model_is_left_in_the_mode_it_was_in(model):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_parts_that_rest_in_a_training_go_on_resting(model):
+    model.train()
+    model.clip.text_model.eval()
+    evaluate(model, Pictures(3))
+    assert model.clip.vision_model.training
+    assert not any(module.training for module in model.clip.text_model.modules())
+
+
+def test_the_global_random_state_is_not_moved(model):
+    before = torch.get_rng_state()
+    evaluate(model, Pictures(3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_counts_given_are_used_instead_of_the_models(model):
     metrics = evaluate(model, Pictures(40), train_counts=[500] * 5)
     assert (metrics.medium, metrics.few) == (None, None)

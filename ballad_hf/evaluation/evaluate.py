@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..features.scoring import adapted_logits
 from ..features.table import FeatureTable
+from ..models.label_bank import evaluation_mode
 from .metrics import LongTailMetrics
 from .predictions import ArrayLike, Predictions
 
@@ -179,11 +180,14 @@ def _predict_share(
     process, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     # Shares of equal length, because a sharded model's forward is a collective; rows that come twice count once.
     share = [row % len(split) for row in range(process, -(-len(split) // processes) * processes, processes)]
-    loader = DataLoader(Subset(split, share), batch_size=batch_size, num_workers=num_workers)
+    # A generator of its own for worker seeds: an evaluation must not move the numbers of a training around it.
+    own = torch.Generator().manual_seed(0)
+    loader = DataLoader(Subset(split, share), batch_size=batch_size, num_workers=num_workers, generator=own)
     device = model.device if accelerator is None else accelerator.device
     autocast = nullcontext if accelerator is None else accelerator.autocast
     batches = tqdm(loader, desc="Evaluating", unit="batch", delay=2, disable=process > 0, leave=False)
-    with _evaluating(model, device), torch.no_grad():
+    model.to(device)
+    with evaluation_mode(model), torch.no_grad():
         for batch in batches:
             with autocast():
                 logits = _logits(model, batch["pixel_values"].to(device, non_blocking=True))
@@ -217,16 +221,6 @@ def _shifted(logits: torch.Tensor, logit_shift: torch.Tensor | None) -> torch.Te
     if logit_shift.shape != (logits.shape[1],):
         raise ValueError(f"logit_shift has shape {tuple(logit_shift.shape)} for {logits.shape[1]} classes.")
     return logits.float() + logit_shift.to(logits.device).float()
-
-
-@contextmanager
-def _evaluating(model, device) -> Iterator[None]:
-    was_training = model.training
-    model.to(device).eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _gathered(

@@ -190,7 +190,7 @@ def encode_class_prompts(
     uses = uses[uses[:, 0].argsort(stable=True)]  # (uses, 2): row of the prompt, class
     starts = range(0, len(prompts), batch_size)
     total = None
-    with _in_evaluation_mode(clip), _progress_bar(len(starts)) as bar:
+    with evaluation_mode(clip), _progress_bar(len(starts)) as bar:
         for start in starts:
             tokens = tokenize_prompts(prompts[start : start + batch_size], tokenizer, clip.config)
             output = clip.get_text_features(**{name: value.to(clip.device) for name, value in tokens.items()})
@@ -207,8 +207,11 @@ def encode_class_prompts(
 
 
 @contextlib.contextmanager
-def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module's own mode is put back: parts of a model in training may be kept in evaluation mode."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; after it every module has its own mode back.
+
+    `model.train(was_training)` would not do: parts of a model in training may be kept in evaluation mode.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
