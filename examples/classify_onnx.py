@@ -61,7 +61,10 @@ def main(command_line):
 
 def to_pixels(file, rules):
     """The picture as the network takes it (3, height, width): resized, cropped from the centre, normalised."""
-    picture = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    picture = ImageOps.exif_transpose(Image.open(file))
+    if picture.mode.startswith("I;16"):  # which Pillow would cut off at white
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    picture = picture.convert("RGB")
     if rules.get("do_resize", True):
         size = rules["size"]
         if "shortest_edge" in size:

@@ -1,5 +1,6 @@
 """The zero-shot pipeline that keeps text features, against the stock one."""
 
+import base64
 import copy
 
 import numpy as np
@@ -171,8 +172,26 @@ def test_an_unreadable_picture_is_named_and_the_others_go_on(classify, tmp_path)
         rows = classify(inputs, candidate_labels=LABELS, on_unreadable="skip", batch_size=batch_size)
         assert [len(row) for row in rows] == [4, 0, 0, 4]
         assert by_label(rows[0]) == pytest.approx(by_label(rows[3]), abs=1e-6)
-    with pytest.raises(ValueError, match=r"Can't read the picture .*bad\.png"):
+    with pytest.raises(ValueError, match=r"bad\.png can't be read"):
         classify(inputs, candidate_labels=LABELS)
+    with pytest.raises(ValueError, match=r"missing\.png can't be read: there is no such file"):
+        classify(inputs[2], candidate_labels=LABELS)
+    with pytest.raises(ValueError, match=r"^data:image/png;base64,bm90.* can't be read"):
+        classify("data:image/png;base64,bm90IGEgcGljdHVyZQ==", candidate_labels=LABELS)
+
+
+def test_pictures_are_read_as_in_training(classify, tmp_path):
+    """16 bits are scaled, not cut off at white; a path object will do; base64 text goes through the stock reader."""
+    values = np.random.default_rng(0).integers(0, 65536, (40, 48), dtype=np.uint16)
+    deep, shallow = tmp_path / "deep.png", tmp_path / "shallow.png"
+    Image.fromarray(values).save(deep)
+    Image.fromarray((values >> 8).astype(np.uint8)).save(shallow)
+    expected = by_label(classify(str(shallow)))
+    assert by_label(classify(deep)) == expected
+    assert by_label(classify(Image.open(deep))) == expected
+    encoded = base64.b64encode(shallow.read_bytes()).decode()
+    assert by_label(classify(f"data:image/png;base64,{encoded}")) == expected
+    assert by_label(classify(encoded)) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ of labels. This one keeps the text embeddings, and its scores are the stock pipe
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import Pipeline
 from transformers.image_utils import load_image
 from transformers.utils import logging
 
+from ..data.images import UnreadablePictureError, open_picture
 from ..models.configuration_ballad import check_templates
 from ..models.label_bank import check_class_names, encode_class_prompts, text_weights_state
 from ..models.prior import prior_shift
@@ -26,6 +29,7 @@ logger = logging.get_logger(__name__)
 STOCK_TEMPLATE = "This is a photo of {}."
 _LABELS_KEPT = 100_000  # embeddings of that many labels are 200 MB at 512 numbers each
 _SETS_KEPT = 8
+_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")  # hardly a path, which has a dot
 
 
 class CachedZeroShotImageClassificationPipeline(Pipeline):
@@ -35,7 +39,8 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
     from call to call, until the text tower's weights change. Give `batch_size` to score pictures together.
 
     Call arguments:
-        inputs: picture(s): paths, URLs or PIL pictures, a list, a generator or a data set of them.
+        inputs: picture(s): paths, URLs or PIL pictures, a list, a generator or a data set of them. Files and PIL
+            pictures are read by the rule of training: 16 bits are scaled to 8, where the stock pipeline cuts them off.
         candidate_labels: the labels to choose from. Default: the classes that a Ballad stores; then its prior dial
             holds, and the text tower does not run.
         hypothesis_template: one prompt with `{}` for the label, as the stock pipeline takes it.
@@ -116,14 +121,11 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
 
     def preprocess(self, inputs, on_unreadable="raise", timeout=None):
         try:
-            picture = load_image(inputs, timeout=timeout)
-            readable = True
-        # PIL reports a damaged file in many ways: OSError, SyntaxError, ValueError, its own bomb error.
-        except Exception as error:
-            name = inputs if isinstance(inputs, str) else type(inputs).__name__
+            picture, readable = _read_picture(inputs, timeout), True
+        except UnreadablePictureError as error:
             if on_unreadable != "skip":
-                raise ValueError(f"Can't read the picture {name}: {error}") from error
-            logger.warning(f"Skipped the picture {name}, which can't be read: {error}")
+                raise
+            logger.warning(f"Skipped a picture: {error}")
             picture, readable = Image.new("RGB", (8, 8)), False
         pixel_values = self.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixel_values.to(self.dtype), "readable": torch.tensor([readable])}
@@ -218,3 +220,16 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
     @property
     def _is_siglip(self) -> bool:
         return "siglip" in self.model.config.model_type  # a Ballad over SigLIP was trained with softmax
+
+
+def _read_picture(source: Any, timeout: float | None) -> Image.Image:
+    """An upright RGB picture from anywhere; what lies on this disk or in memory by the rule of training."""
+    if not isinstance(source, str) or os.path.isfile(source):
+        return open_picture(source)
+    if not source.startswith(("http://", "https://", "data:")) and not _BASE64.fullmatch(source):
+        return open_picture(source)  # a path that leads nowhere
+    try:
+        return load_image(source, timeout=timeout)
+    # What comes from the web or as base64 text fails in many ways.
+    except Exception as error:
+        raise UnreadablePictureError(f"{source[:100]} can't be read: {error}") from error
