@@ -75,6 +75,14 @@ def test_the_folder_says_all_that_a_runtime_needs(exported):
     assert not list(folder.glob(".onnx-*"))
 
 
+def test_no_text_encoder_of_an_earlier_model_is_left(tiny_ballad, tiny_clip, tmp_path):
+    (tmp_path / "text_encoder.onnx").write_bytes(b"of another model")
+    (tmp_path / "notes.txt").write_text("mine")
+    export_onnx(tiny_ballad, tmp_path, tiny_clip.image_processor)
+    names = ["classes.json", "image_classifier.onnx", "notes.txt", "preprocessor_config.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+
+
 def test_a_half_precision_model_is_exported_in_float32_and_left_as_it_was(tiny_ballad, tiny_clip, tmp_path):
     model = tiny_ballad.to(torch.bfloat16).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -136,6 +144,8 @@ def test_the_script_classifies_from_the_onnx_file_without_torch(exported, tiny_c
     rows = np.random.default_rng(0).integers(0, 256, (3, 40, 56, 3), dtype=np.uint8)
     for index, values in enumerate(rows):
         Image.fromarray(values).save(pictures / f"{index}.png")
+    rows = [*rows, np.repeat(rows[0][..., :1], 3, axis=2)]
+    Image.fromarray(rows[3][..., 0].astype(np.uint16) * 256 + 77).save(pictures / "3.png")  # 16 bits are scaled to 8
     (pictures / "broken.jpg").write_bytes(b"not a picture")
     script = f"""
 import runpy, sys
@@ -149,7 +159,7 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     assert "broken.jpg" in done.stderr
     assert "Traceback" not in done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["file"] for row in said] == [str(pictures / f"{index}.png") for index in range(3)]
+    assert [row["file"] for row in said] == [str(pictures / f"{index}.png") for index in range(4)]
     for row, values in zip(said, rows, strict=True):
         pixel_values = tiny_clip.image_processor(Image.fromarray(values), return_tensors="pt").pixel_values
         with torch.no_grad():

@@ -109,7 +109,8 @@ def export_onnx(
         model: with class names set. The classes and the prior dial are frozen in as they are now; in any dtype, the
             file computes in float32.
         folder: made where it does not exist; gets `image_classifier.onnx` (pixel_values -> logits, any batch size),
-            `classes.json` with the names in logit order, and `preprocessor_config.json`.
+            `classes.json` with the names in logit order, and `preprocessor_config.json`. What an earlier export left
+            there is replaced.
         image_processor: its image processor.
         tokenizer: give it for `text_encoder.onnx` too (input_ids, attention_mask -> text_embeds, any shape), with
             `tokenizer.json` beside it.
@@ -151,6 +152,8 @@ def export_onnx(
         written = []
         for file in sorted(staging.iterdir()):
             written.append(file.replace(folder / file.name))
+        if tokenizer is None:  # one that is left from another model would speak of other features
+            (folder / TEXT_FILE).unlink(missing_ok=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return written
