@@ -171,6 +171,10 @@ def test_inaturalist_with_loose_ends_is_refused(inaturalist):
     path.write_text("{}")
     with pytest.raises(ValueError, match="no list of `images`"):
         load_splits(inaturalist)
+    (inaturalist / "train2018.json").write_text('{"images": []}')
+    path.unlink()
+    with pytest.raises(ValueError, match="train2018.json has no `annotations`"):
+        load_splits(inaturalist)
 
 
 @pytest.mark.skipif(

@@ -7,6 +7,7 @@ al., 2012), so that a million pictures need no million times a million compariso
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -93,15 +94,14 @@ def _difference_hashes(thumbnails: np.ndarray) -> np.ndarray:
     return np.packbits(np.stack([to_the_right, downwards], axis=1).reshape(len(thumbnails), 128), axis=1)
 
 
-def _close_pairs(hashes: np.ndarray, rows: np.ndarray, band: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of rows that share a band and differ in few bits elsewhere."""
+def _close_pairs(hashes: np.ndarray, rows: np.ndarray, band: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of rows that share a band and differ in few bits elsewhere, piece by piece: there may be many."""
     start = band * _BAND_BYTES
     # Sorted by the band, then by the other bytes, so that hashes that are alike lie close to each other.
     rolled = np.ascontiguousarray(np.roll(hashes[rows], -start, axis=1))
     order = np.argsort(rolled.view(np.dtype((np.void, _HASH_BYTES))).ravel(), kind="stable")
     ordered, places = rolled[order], rows[order]
     keys = ordered[:, :_BAND_BYTES]
-    found = []
     left = np.arange(len(places))
     for step in range(1, _NEIGHBOURS + 1):
         left = left[left + step < len(places)]
@@ -110,5 +110,4 @@ def _close_pairs(hashes: np.ndarray, rows: np.ndarray, band: int) -> list[tuple[
             break
         close = left[_ONES[ordered[left] ^ ordered[left + step]].sum(axis=1) <= _NEAR_BITS]
         if len(close):
-            found.append((places[close], places[close + step]))
-    return found
+            yield places[close], places[close + step]

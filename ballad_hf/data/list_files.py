@@ -200,6 +200,8 @@ def _read_inaturalist(files: dict[str, Path]) -> tuple[dict[str, ListedPictures]
     contents = {part: _read_json(path) for part, path in files.items()}
     # The test lists of the competitions have no annotations.
     contents = {part: content for part, content in contents.items() if part == "train" or content.get("annotations")}
+    if not contents["train"].get("annotations"):
+        raise ValueError(f"{files['train']} has no `annotations`, so its pictures have no labels to learn from.")
     categories = contents["train"].get("categories") or []
     names = {int(category["id"]): str(category["name"]) for category in categories}
     ids = sorted(names) or sorted({int(entry["category_id"]) for entry in contents["train"]["annotations"]})
