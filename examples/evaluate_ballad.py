@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
 from ballad_hf import BalladForImageClassification, LongTailMetrics, load_splits
+from ballad_hf.command_errors import errors_in_one_line
 from ballad_hf.data.transforms import evaluation_transform, five_crop_transform
 from ballad_hf.evaluation.evaluate import predict
 from ballad_hf.evaluation.intervals import confidence_intervals
@@ -133,4 +134,5 @@ def main(command_line: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with errors_in_one_line(__file__):
+        main(sys.argv[1:])

@@ -22,6 +22,7 @@ from ballad_hf import (
     train_phase_a,
     train_phase_b,
 )
+from ballad_hf.command_errors import errors_in_one_line
 from ballad_hf.data.transforms import train_transform
 from ballad_hf.evaluation.evaluate import predict
 from ballad_hf.evaluation.results import write_results
@@ -161,4 +162,5 @@ def share(model, tokenizer, image_processor, splits, predictions, arguments):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with errors_in_one_line(__file__):
+        main(sys.argv[1:])

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..command_errors import errors_in_one_line
 from .class_names import CollidingNamesError
 from .duplicates import (
     PIXEL_DIGEST_BYTES,
@@ -388,4 +389,5 @@ def _listed(title: str, entries: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -19,6 +19,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from ..command_errors import errors_in_one_line
 from .intervals import confidence_intervals
 from .paired import PairedDifference, holm, paired_differences, same_pictures, significance
 from .plot_style import draw, save_figure, short
@@ -188,4 +189,5 @@ def _labels(folders: Sequence[str], stages: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with errors_in_one_line():
+        main(sys.argv[1:])

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
+from ..command_errors import errors_in_one_line
 from ..data.sources import load_splits
 from ..data.transforms import five_crop_transform, train_transform
 from ..evaluation.evaluate import evaluate
@@ -224,4 +225,5 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()
