@@ -36,12 +36,22 @@ def errors_in_one_line(*programs: str) -> Iterator[None]:
     except Exception as error:
         if not (isinstance(error, OSError) or _raised_on_purpose(error, programs)):
             raise
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {_said(error)}") from error
 
 
 def _raised_on_purpose(error: Exception, programs: tuple[str, ...]) -> bool:
     """Whether a `raise` in this package, or in one of the programs, is where the error comes from."""
+    if type(error).__module__.startswith(f"{_PACKAGE.name}."):
+        return True
     origin = traceback.extract_tb(error.__traceback__)[-1]
     file = Path(origin.filename).resolve()
     ours = _PACKAGE in file.parents or file in [Path(program).resolve() for program in programs]
     return ours and (origin.line or "").startswith("raise ")
+
+
+def _said(error: Exception) -> str:
+    """The message; of an error in a worker process of a loader without the traceback that torch puts there."""
+    message = str(error)
+    if "\nOriginal Traceback" not in message:
+        return message
+    return message.rstrip().rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2]

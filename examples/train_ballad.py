@@ -151,8 +151,8 @@ def share(model, tokenizer, image_processor, splits, predictions, arguments):
         model, results, dataset_name=splits.name, arguments=told, splits=splits, seeds=run.seed, plots=plots
     )
     folder = save_bundle(run.output_dir, model, tokenizer, image_processor, card=card, arguments=told, overwrite=True)
-    part = "validation" if splits.test is None else "test"
-    print(f"\n{splits.name}: accuracy on {len(test)} {part} pictures, in percent\n")
+    part = "validation pictures, which chose the weights too" if splits.test is None else "test pictures"
+    print(f"\n{splits.name}: accuracy on {len(test)} {part}, in percent\n")
     print(f"{metrics_table(results)}\n\n{USE_IT.format(folder=folder)}")
     if run.push_to_hub:
         try:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from ballad_hf import make_long_tailed
 from ballad_hf.command_errors import errors_in_one_line
+from ballad_hf.data.images import open_picture
 
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +32,21 @@ def test_an_error_out_of_the_depths_keeps_its_traceback():
         np.concatenate([])
     with pytest.raises(TypeError), errors_in_one_line():  # raised in a function of ours, but not by it
         make_long_tailed([0, 1], imbalance_factor="much")
+
+
+class Unreadable(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return open_picture(b"", name="cat.jpg")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_picture_that_a_worker_process_can_not_read(num_workers):
+    with pytest.raises(SystemExit) as ended, errors_in_one_line():
+        next(iter(DataLoader(Unreadable(), num_workers=num_workers)))
+    assert str(ended.value) == "error: cat.jpg can't be read: it is empty."
 
 
 def test_a_program_names_itself():

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from ballad_hf import LongTailMetrics
+from ballad_hf import LongTailMetrics, load_splits
 from ballad_hf.hub.model_card import evaluation_result_file, render_model_card
 from ballad_hf.training.command_line import parse_arguments
 
@@ -93,6 +93,20 @@ def test_limits_are_read_off_the_figures(tiny_ballad, results):
     assert "never recognised" not in better
     assert "one training run" not in better
     assert "Seeds: 0, 1, 2." in better
+
+
+def test_figures_of_the_validation_part_say_that_they_flatter(tiny_ballad):
+    splits = load_splits("digits")
+    splits.test = None
+    uneven = {"phase B": _metrics([4, 9, 9, 9, 0], pictures=9)}
+    text = str(_card(tiny_ballad, uneven, splits=splits))
+    assert "on the validation part (45 pictures)" in text
+    assert "so they flatter the model" in text
+    assert "never recognised in the validation pictures" in text
+    assert "Classes with fewer than 10 validation pictures, whose own figures are uncertain: 5." in text
+    assert "test pictures" not in text
+    splits = load_splits("digits")
+    assert "flatter" not in str(_card(tiny_ballad, uneven, splits=splits))
 
 
 def test_private_paths_stay_private(tiny_ballad, results, tmp_path):

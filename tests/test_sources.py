@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.utils import logging
 
 from ballad_hf import load_splits
 from ballad_hf.data.picture_stores import ArrayPictures
@@ -88,15 +89,21 @@ def test_an_image_folder_with_parts(tmp_path):
         load_splits(tmp_path / "data", test_split="exam")
 
 
-def test_pictures_deep_in_class_folders_and_other_files(pictures):
+def test_pictures_deep_in_class_folders_and_other_files(pictures, caplog):
     (pictures / "owl" / "snowy" / "x").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(pictures / "owl" / "snowy" / "x" / "A.JPG", "jpeg")
     (pictures / "owl" / "notes.txt").write_text("no picture")
     (pictures / ".cache").mkdir()
     (pictures / "empty").mkdir()
-    splits = load_splits(pictures)
+    logging.enable_propagation()
+    try:
+        splits = load_splits(pictures)
+    finally:
+        logging.disable_propagation()
     assert splits.class_names == ["owl", "red fox", "zebra"]
     assert len(splits.train) + len(splits.validation) == 20
+    assert "1 of the folders" in caplog.text
+    assert "hold no picture and are no classes: empty." in caplog.text
 
 
 def test_links_are_followed_but_not_in_circles(pictures):

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from transformers.utils import logging
 
 from .part_names import find_parts
 from .picture_stores import FilePictures
 from .raw_data import RawData, RawPart
+
+
+logger = logging.get_logger(__name__)
 
 
 def read_image_folder(folder: Path, chosen: dict[str, str | None]) -> RawData:
@@ -24,7 +28,7 @@ def read_image_folder(folder: Path, chosen: dict[str, str | None]) -> RawData:
     Raises:
         ValueError: no pictures, no class folders, or classes outside the training part.
     """
-    folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    folders = _folders_in(folder)
     parts = find_parts(folders, chosen, str(folder)) if any(chosen.values()) or "train" in _known(folders) else {}
     found = {part: _pictures_of(folder / name) for part, name in parts.items()} or {"train": _pictures_of(folder)}
     if not found["train"]:
@@ -33,6 +37,12 @@ def read_image_folder(folder: Path, chosen: dict[str, str | None]) -> RawData:
             f"{Path(folder.name) / 'owl' / '1.jpg'}, or {Path(folder.name) / 'train' / 'owl' / '1.jpg'} with parts."
         )
     names = sorted(found["train"])
+    where = folder / parts["train"] if parts else folder
+    empty = sorted(set(_folders_in(where)) - set(names))
+    if empty:
+        logger.warning(
+            f"{len(empty)} of the folders in {where} hold no picture and are no classes: {', '.join(empty[:20])}."
+        )
     unknown = sorted({name for classes in found.values() for name in classes} - set(names))
     if unknown:
         raise ValueError(f"{len(unknown)} classes have no folder in the training part: {', '.join(unknown[:20])}.")
@@ -46,6 +56,10 @@ def read_image_folder(folder: Path, chosen: dict[str, str | None]) -> RawData:
     return RawData(folder.resolve().name, names, parts_of)
 
 
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
 def _known(folders: list[str]) -> dict[str, str]:
     return find_parts(folders, {}, "", required=False)
 
@@ -53,11 +67,10 @@ def _known(folders: list[str]) -> dict[str, str]:
 def _pictures_of(root: Path) -> dict[str, list[str]]:
     """Paths of each class, relative to `root`: class folders, with pictures in them at any depth."""
     classes = {}
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        if entry.is_dir() and not entry.name.startswith("."):
-            paths = sorted(_picture_paths(root / entry.name, entry.name))
-            if paths:
-                classes[entry.name] = paths
+    for name in _folders_in(root):
+        paths = sorted(_picture_paths(root / name, name))
+        if paths:
+            classes[name] = paths
     return classes
 
 

@@ -147,11 +147,11 @@ def render_model_card(
         results_table=_results_table(results),
         intervals_table=_intervals_table(final),
         further_table=_markdown_table(["figure", "value"], _further_rows(final)),
-        classes_table=_classes_table(final),
+        classes_table=_classes_table(final, part),
         class_line=_class_line(model),
         parts_table=_parts_table(splits),
         seeds=", ".join(map(str, seeds)),
-        limits=_limits(results, seeds),
+        limits=_limits(results, seeds, part),
         recipe=yaml.safe_dump(_public(arguments), sort_keys=False, allow_unicode=True).strip(),
         versions=", ".join(f"{name} {version}" for name, version in installed_versions().items()),
     )
@@ -261,7 +261,7 @@ def _further_rows(metrics: LongTailMetrics) -> list[list[str]]:
     return [*shown, ["Negative log-likelihood (nats)", f"{metrics.negative_log_likelihood:.3f}"]]
 
 
-def _classes_table(metrics: LongTailMetrics) -> str:
+def _classes_table(metrics: LongTailMetrics, part: str) -> str:
     """The classes that do worst, so that nobody has to look for them."""
     names = metrics.class_names or tuple(map(str, range(len(metrics.class_accuracy))))
     counts = metrics.train_counts or (None,) * len(names)
@@ -275,7 +275,7 @@ def _classes_table(metrics: LongTailMetrics) -> str:
         [_cell(name), ABSENT if count is None else str(count), str(support), percent(accuracy)]
         for accuracy, count, name, support in seen[:_MOST_CLASSES_LISTED]
     ]
-    return _markdown_table(["class", "training pictures", "test pictures", "accuracy"], rows)
+    return _markdown_table(["class", "training pictures", f"{part} pictures", "accuracy"], rows)
 
 
 def _class_line(model: BalladForImageClassification) -> str:
@@ -302,10 +302,15 @@ def _parts_table(splits: Splits | None) -> str | None:
     return _markdown_table(["part", "pictures", "fingerprint"], rows)
 
 
-def _limits(results: Mapping[str, LongTailMetrics], seeds: Sequence[int]) -> list[str]:
+def _limits(results: Mapping[str, LongTailMetrics], seeds: Sequence[int], part: str) -> list[str]:
     """What the figures themselves say against the model, in words."""
     (first_name, first), (_, final) = list(results.items())[0], list(results.items())[-1]
     found = []
+    if part == "validation":
+        found.append(
+            "There was no test part: the figures are of the pictures that also chose which weights are kept, so they "
+            "flatter the model."
+        )
     for group in GROUPS:
         before, after = getattr(first, group), getattr(final, group)
         if before is not None and after is not None and after < before:
@@ -315,14 +320,14 @@ def _limits(results: Mapping[str, LongTailMetrics], seeds: Sequence[int]) -> lis
             )
     never = sum(accuracy == 0 for accuracy in final.class_accuracy)
     if never:
-        found.append(f"{never} of {len(final.class_accuracy)} classes were never recognised in the test pictures.")
+        found.append(f"{never} of {len(final.class_accuracy)} classes were never recognised in the {part} pictures.")
     untested = sum(support == 0 for support in final.class_support)
     if untested:
-        found.append(f"{untested} classes have no test picture, so nothing is known about them.")
+        found.append(f"Classes without a {part} picture, of which nothing is known: {untested}.")
     scarce = sum(0 < support < _FEW_TEST_PICTURES for support in final.class_support)
     if scarce:
         found.append(
-            f"{scarce} classes have fewer than {_FEW_TEST_PICTURES} test pictures, so their own figures are uncertain."
+            f"Classes with fewer than {_FEW_TEST_PICTURES} {part} pictures, whose own figures are uncertain: {scarce}."
         )
     if final.train_counts is None:
         found.append("The training counts were not recorded, so there are no figures for head and tail.")
