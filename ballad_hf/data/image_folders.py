@@ -40,9 +40,7 @@ def read_image_folder(folder: Path, chosen: dict[str, str | None]) -> RawData:
     where = folder / parts["train"] if parts else folder
     empty = sorted(set(_folders_in(where)) - set(names))
     if empty:
-        logger.warning(
-            f"{len(empty)} of the folders in {where} hold no picture and are no classes: {', '.join(empty[:20])}."
-        )
+        logger.warning(f"Folders in {where} without a picture, which make no classes: {', '.join(empty[:20])}.")
     unknown = sorted({name for classes in found.values() for name in classes} - set(names))
     if unknown:
         raise ValueError(f"{len(unknown)} classes have no folder in the training part: {', '.join(unknown[:20])}.")
