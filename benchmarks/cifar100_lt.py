@@ -74,8 +74,8 @@ class Budget:
 
 
 BUDGETS = {
-    "minutes": Budget(32, 16, (1, 1, 1, 1), 64, epochs=6, batch_size=64, learning_rate=2e-3),
-    "hour": Budget(64, 16, (1, 1, 1, 1), 64, epochs=30, batch_size=64, learning_rate=2e-3),
+    "minutes": Budget(32, 16, (1, 1, 1, 1), 64, epochs=6, batch_size=64, learning_rate=1e-3),
+    "hour": Budget(64, 16, (1, 1, 1, 1), 64, epochs=30, batch_size=64, learning_rate=1e-3),
     "gpu": Budget(128, 64, (2, 2, 2, 2), 256, epochs=200, batch_size=128, learning_rate=1e-3),
 }
 
