@@ -18,7 +18,7 @@ from typing import Literal
 from accelerate import Accelerator
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
-from ballad_hf import BalladForImageClassification, LongTailMetrics, load_splits
+from ballad_hf import LongTailMetrics, load_splits
 from ballad_hf.command_errors import errors_in_one_line
 from ballad_hf.data.transforms import evaluation_transform, five_crop_transform
 from ballad_hf.evaluation.evaluate import predict
@@ -28,6 +28,7 @@ from ballad_hf.evaluation.predictions import Predictions
 from ballad_hf.evaluation.relabel import relabel
 from ballad_hf.evaluation.results import write_results
 from ballad_hf.evaluation.table import metrics_table, percent
+from ballad_hf.models.conversion import load_ballad
 from ballad_hf.training.arguments import DataArguments
 
 
@@ -70,7 +71,7 @@ def main(command_line: list[str]) -> None:
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
 
     # The model with what feeds it, and the part of the data in the model's labels.
-    model = BalladForImageClassification.from_pretrained(options.model)
+    model = load_ballad(options.model)
     image_processor = AutoImageProcessor.from_pretrained(options.model)
     with accelerator.main_process_first():
         splits = load_splits(**vars(data), seed=options.seed)

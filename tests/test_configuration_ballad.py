@@ -67,6 +67,7 @@ def test_a_ratio_outside_zero_to_one_is_named(ratio):
         ({"logit_scale": 0}, "logit_scale is 0"),
         ({"templates": []}, "templates is empty"),
         ({"templates": ["a photo"]}, r"'a photo' must contain \{\} exactly once"),
+        ({"templates": ["a {colour} {}"]}, r"'a \{colour\} \{\}' has curly brackets beside"),
         ({"id2label": {0: "cat", 1: "cat"}}, "more than once: cat"),
         ({"class_counts": [5, 4, 3]}, "class_counts has 3 entries for 2 classes"),
         ({"clip_config": {"model_type": "no such"}}, "model_type 'no such'"),

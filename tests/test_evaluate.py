@@ -111,7 +111,7 @@ def test_a_table_is_scored_as_the_model_it_came_from(model):
     with torch.no_grad():
         features = model.clip.get_image_features(pixel_values=pictures.pixels).pooler_output
     table = FeatureTable(
-        features, pictures.labels, model.class_embeds, COUNTS, float(model.logit_scale), class_names=NAMES
+        features, pictures.labels, model.class_embeds, COUNTS, model.logit_scale.item(), class_names=NAMES
     )
     from_model, from_table = (
         predict(model, pictures),
@@ -144,6 +144,15 @@ def test_bad_input_is_named(model):
         model.adapter.linear.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"NaN or infinity for pictures \[0, 1\] of the split"):
         evaluate(model, Pictures(2))
+
+
+def test_classes_in_another_order_are_refused(model):
+    pictures = Pictures(5)
+    pictures.class_names = NAMES[:3] + NAMES[:2:-1]
+    with pytest.raises(ValueError, match=f"numbers 2 classes otherwise than the model, such as '{NAMES[4]}'"):
+        evaluate(model, pictures)
+    pictures.class_names = [*NAMES[:3], "another name", "and another"]
+    evaluate(model, pictures)  # names alone do not have to be the model's
 
 
 def test_labels_outside_the_models_classes(model):

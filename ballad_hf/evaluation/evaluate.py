@@ -60,8 +60,8 @@ def evaluate(
             same metrics. A table is scored whole by each.
 
     Raises:
-        ValueError: an empty split, labels outside the model's classes, logits that are not finite, a model without
-            class embeddings.
+        ValueError: an empty split, labels outside the model's classes, classes in another order than the model's,
+            logits that are not finite, a model without class embeddings.
         RuntimeError: a picture that no process evaluated.
 
     Example:
@@ -131,6 +131,8 @@ def predict(
         raise ValueError("There is nothing to evaluate: give a split with at least one picture.")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: give 1 picture or more.")
+    if not unknown:
+        _check_class_order(split, model.config.class_names)
     if transform is None and image_processor is not None:
         from ..data.transforms import evaluation_transform
 
@@ -139,6 +141,17 @@ def predict(
         split = split.with_transform(transform)
     mine = list(_predict_share(model, split, batch_size, num_workers, logit_shift, accelerator, unknown))
     return _gathered(mine, len(split), split.fingerprint(), accelerator)
+
+
+def _check_class_order(split, class_names: list[str]) -> None:
+    """Refuse a split that gives a class of the model another number: every figure would be wrong, in silence."""
+    place = {name: index for index, name in enumerate(class_names)}
+    moved = [name for index, name in enumerate(getattr(split, "class_names", ())) if place.get(name, index) != index]
+    if moved:
+        raise ValueError(
+            f"The split numbers {len(moved)} classes otherwise than the model, such as {moved[0]!r}: match them by "
+            "name with relabel(split, model.config.class_names) of ballad_hf.evaluation.relabel."
+        )
 
 
 def _predict_table(

@@ -115,6 +115,11 @@ def check_templates(templates: Sequence[str]) -> None:
                 f"The template {template!r} must contain {{}} exactly once, where the class name goes; "
                 f"for example {DEFAULT_TEMPLATE!r}."
             )
+        if set("{}") & set(template.replace("{}", "")):
+            raise ValueError(
+                f"The template {template!r} has curly brackets beside the {{}} of the class name, which formatting "
+                "would take for another value: leave them out."
+            )
 
 
 def joint_width(clip_config: PreTrainedConfig) -> int:

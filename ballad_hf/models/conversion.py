@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from .checkpoint_files import read_checkpoint
 from .dual_encoders import (
+    NO_HUB,
     clip_image_processor,
     find_model_type,
     hub_arguments,
@@ -173,7 +174,7 @@ def convert_to_clip(ballad: str | os.PathLike, output_dir: str | os.PathLike, **
         ValueError: no Ballad, a truncated one, or one whose image tower has no projection to fold into.
     """
     with whole_folder(output_dir) as folder:
-        folded = _load_ballad(ballad, kwargs).fold_adapter()
+        folded = load_ballad(ballad, **kwargs).fold_adapter()
         _save(folder, folded, *_what_feeds(ballad, (AutoTokenizer, AutoImageProcessor), kwargs))
     return Path(output_dir)
 
@@ -191,7 +192,7 @@ def convert_to_vision_only(ballad: str | os.PathLike, output_dir: str | os.PathL
         ValueError: no Ballad, a truncated one, or one without class embeddings.
     """
     with whole_folder(output_dir) as folder:
-        model = _load_ballad(ballad, kwargs)
+        model = load_ballad(ballad, **kwargs)
         before = sum(tensor.nbytes for tensor in model.state_dict().values())
         removed = model.remove_text_tower()
         _save(folder, model, *_what_feeds(ballad, (AutoImageProcessor,), kwargs))
@@ -199,6 +200,28 @@ def convert_to_vision_only(ballad: str | os.PathLike, output_dir: str | os.PathL
             f"The weights take {(before - removed) / 1e6:.1f} MB without the text tower, {before / 1e6:.1f} MB with."
         )
     return Path(output_dir)
+
+
+def load_ballad(ballad: str | os.PathLike, **kwargs) -> BalladForImageClassification:
+    """`BalladForImageClassification.from_pretrained`, which would also take another model and fill up what it lacks.
+
+    Args:
+        ballad: folder or Hub name of a Ballad.
+        kwargs: for `from_pretrained`.
+
+    Raises:
+        ValueError: no Ballad, or a truncated one.
+    """
+    model_type = find_model_type(ballad, hub_arguments(kwargs))
+    if model_type != "ballad":
+        raise ValueError(
+            f"{ballad} is no saved Ballad, but {'none of transformers' if model_type is None else repr(model_type)}: "
+            f"give the folder or Hub name of a trained one.{'' if Path(ballad).exists() else NO_HUB}"
+        )
+    try:
+        return BalladForImageClassification.from_pretrained(ballad, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {ballad} are no safetensors file, or truncated: {error}") from error
 
 
 @contextlib.contextmanager
@@ -252,20 +275,6 @@ def _tokenizer_for(
     if tokenizer is False:
         return None
     return load_tokenizer(checkpoint if tokenizer is None else tokenizer, clip.config, **(hub or {}))
-
-
-def _load_ballad(ballad: str | os.PathLike, kwargs: Mapping[str, Any]) -> BalladForImageClassification:
-    # from_pretrained takes any model's config, and would fill up what another model lacks.
-    model_type = find_model_type(ballad, hub_arguments(kwargs))
-    if model_type != "ballad":
-        raise ValueError(
-            f"{ballad} is no saved Ballad, but {'none of transformers' if model_type is None else repr(model_type)}: "
-            "give the folder or Hub name of a trained one."
-        )
-    try:
-        return BalladForImageClassification.from_pretrained(ballad, **kwargs)
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {ballad} are no safetensors file, or truncated: {error}") from error
 
 
 def _what_feeds(ballad: str | os.PathLike, loaders: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -43,7 +43,7 @@ OPENAI_TOKENIZER = "openai/clip-vit-base-patch32"
 OPENAI_VOCAB_SIZE = 49408
 _WEIGHT_SUFFIXES = {".bin", ".pt", ".pth", ".safetensors"}  # what has one is no name on the Hub
 # What `from_pretrained` takes to find a file; the rest of its arguments are about the model.
-_NO_HUB = (
+NO_HUB = (
     " Where the Hub has one of these, it was not reached: look at the network, and at HF_HUB_OFFLINE if it is set."
 )
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -80,7 +80,7 @@ def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedMo
     if open_clip_config is None:
         raise FileNotFoundError(
             f"{str(name_or_path)!r} has neither a config.json of transformers nor an {CONFIG_FILE}, and is no file: "
-            f"give a CLIP checkpoint's Hub name, its folder, or an OpenAI .pt file.{'' if path.is_dir() else _NO_HUB}"
+            f"give a CLIP checkpoint's Hub name, its folder, or an OpenAI .pt file.{'' if path.is_dir() else NO_HUB}"
         )
     return _load_open_clip(name_or_path, open_clip_config, hub, kwargs)
 

@@ -32,6 +32,7 @@ from ..evaluation.relabel import relabel
 from ..evaluation.table import metrics_table
 from ..features.extraction import extract_features
 from ..features.table import FeatureTable
+from ..models.conversion import load_ballad
 from ..models.modeling_ballad import BalladForImageClassification
 from .arguments import DataArguments, PhaseBArguments
 from .command_line import Stage, build_stage, on_the_command_line
@@ -97,7 +98,7 @@ def main(command_line: Sequence[str] | None = None) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not an empty folder: choose another --output_dir.")
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    model = BalladForImageClassification.from_pretrained(options.model)
+    model = load_ballad(options.model)
     image_processor = AutoImageProcessor.from_pretrained(options.model)
     with accelerator.main_process_first():
         splits = load_splits(**vars(data), seed=options.seed)
