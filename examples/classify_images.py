@@ -10,6 +10,7 @@ import argparse
 import csv
 import glob
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import pipeline
-from transformers.utils import logging
 
+from ballad_hf.command_errors import errors_in_one_line
 from ballad_hf.data.images import open_picture
 from ballad_hf.inference import TASK
 
@@ -32,13 +33,15 @@ def main(command_line: list[str]) -> int:
     output = Path(arguments.output)
     settings = {name: getattr(arguments, name) for name in ("model", "labels", "template", "target_prior", "top_k")}
     found = find_pictures(arguments.pictures)
-    logging.set_verbosity_error()  # a warning a picture would drown the list at the end
+    logging.getLogger("ballad_hf").setLevel(logging.ERROR)  # a warning a picture would drown the list at the end
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     try:
         classify = pipeline(TASK, model=arguments.model, device=device)
     except OSError as error:
         raise SystemExit(f"error: the model {arguments.model} can't be loaded: {error}") from error
-    done = claim(output, settings, arguments.overwrite)
+    labels = arguments.labels or getattr(classify.model.config, "class_names", [])
+    done = claim(output, settings, arguments.overwrite, columns=min(arguments.top_k, len(labels)))
     files = [file for file in found if file not in done]
     if done:
         print(f"{len(done)} pictures are in {output} already; {len(files)} are left.")
@@ -90,12 +93,22 @@ def parse(command_line: list[str]) -> argparse.Namespace:
     for name in ("top_k", "batch_size"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} is {getattr(arguments, name)}: give 1 or more.")
+    if arguments.num_workers < 0:
+        parser.error(f"--num_workers is {arguments.num_workers}: give 0 (read in this process) or more.")
     if arguments.target_prior not in (None, "uniform", "train"):
         try:
             arguments.target_prior = float(arguments.target_prior)
         except ValueError:
             parser.error(f"--target_prior is {arguments.target_prior!r}: give uniform, train or a number.")
     return arguments
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"error: --device is {device}, which can't be used here: {reason} Try cpu.") from error
 
 
 class Paths(Dataset):
@@ -133,22 +146,24 @@ def pictures_under(folder: str) -> list[str]:
     return found
 
 
-def claim(output: Path, settings: dict, overwrite: bool) -> set[str]:
-    """Make the output this run's, and say which pictures are in it already."""
+def claim(output: Path, settings: dict, overwrite: bool, columns: int) -> set[str]:
+    """Make the output this run's, and say which pictures are in it already. One without a row is begun anew."""
     record = output.with_name(output.name + ".settings.json")
     if overwrite:
         output.unlink(missing_ok=True)
     if output.exists() and record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
         changed = [f"{name} was {before.get(name)!r}" for name in settings if before.get(name) != settings[name]]
-        if changed:
+        done = finished(output)
+        if done and changed:
             raise SystemExit(f"error: {output} was begun otherwise ({', '.join(changed)}): use --overwrite.")
-        return finished(output)
-    if output.exists():
+        if done:
+            return done
+    elif output.exists():
         raise SystemExit(f"error: {output} exists and is not of this program: choose another name, or --overwrite.")
     output.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    header = [name for rank in range(1, settings["top_k"] + 1) for name in (f"label_{rank}", f"score_{rank}")]
+    header = [name for rank in range(1, columns + 1) for name in (f"label_{rank}", f"score_{rank}")]
     output.write_text(",".join(["file", *header]) + "\n" if output.suffix == ".csv" else "", encoding="utf-8")
     return set()
 
@@ -186,4 +201,5 @@ def why_unreadable(file: str) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    with errors_in_one_line(__file__):
+        raise SystemExit(main(sys.argv[1:]))

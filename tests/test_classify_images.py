@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -27,11 +28,10 @@ def example():
 
 @pytest.fixture(autouse=True)
 def _verbosity():
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
+    logger = logging.getLogger("ballad_hf")
+    before = logger.level
     yield
-    logging.set_verbosity(before)
+    logger.setLevel(before)
 
 
 @pytest.fixture
@@ -98,6 +98,7 @@ def test_unreadable_pictures_are_listed_and_tried_again(example, bundle, picture
     words = [bundle, str(pictures), "--output", str(output)]
     assert example.main(words) == 1
     said = capsys.readouterr().err
+    assert "Skipped" not in said
     assert "2 pictures can't be read" in said
     assert "a.png can't be read" in said
     assert "empty.jpg can't be read" in said
@@ -132,6 +133,7 @@ def test_labels_of_ones_own_and_the_prior_dial(example, bundle, pictures, tmp_pa
         (["--output", "classes.txt"], r"must end in \.csv or \.jsonl"),
         (["--output", "classes.csv", "--top_k", "0"], "top_k is 0"),
         (["--output", "classes.csv", "--target_prior", "often"], "give uniform, train or a number"),
+        (["--output", "classes.csv", "--num_workers", "-1"], "num_workers is -1"),
     ],
 )
 def test_bad_arguments(example, words, says, capsys):
@@ -144,6 +146,18 @@ def test_a_model_that_does_not_exist_ends_in_one_line(example, pictures, tmp_pat
     with pytest.raises(SystemExit, match=r"error: .*no-such-model"):
         example.main([str(tmp_path / "no-such-model"), str(pictures), "--output", str(tmp_path / "classes.csv")])
     assert not (tmp_path / "classes.csv").exists()
+
+
+def test_a_mistake_does_not_claim_the_output(example, bundle, pictures, tmp_path):
+    output = tmp_path / "classes.csv"
+    words = [bundle, str(pictures), "--output", str(output)]
+    with pytest.raises(ValueError, match="more than once: cat"):
+        example.main([*words, "--labels", "cat", "cat"])
+    with pytest.raises(SystemExit, match="--device is warp:9, which can't be used here: .* Try cpu"):
+        example.main([*words, "--device", "warp:9"])
+    assert example.main([*words, "--top_k", "99"]) == 0  # five classes, and no empty columns
+    with output.open(newline="") as file:
+        assert next(csv.reader(file))[-2:] == ["label_5", "score_5"]
 
 
 def test_no_pictures_and_somebody_elses_file(example, bundle, pictures, tmp_path):
