@@ -63,7 +63,9 @@ def main(command_line: list[str]) -> None:
     if command_line and not command_line[0].startswith("-"):
         command_line = ["--model", *command_line]
     parser = HfArgumentParser([DataArguments, EvaluationArguments], description=__doc__.split("\n")[0])
-    data, options = parser.parse_args_into_dataclasses(command_line)
+    data, options, unknown_options = parser.parse_args_into_dataclasses(command_line, return_remaining_strings=True)
+    if unknown_options:
+        parser.error(f"unrecognized arguments: {' '.join(unknown_options)}")
     if options.unknown_dataset is not None and options.part == "validation":
         raise ValueError(
             "--unknown_dataset takes its threshold from the validation part: report another, such as --part test."

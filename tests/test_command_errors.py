@@ -72,3 +72,11 @@ def test_every_command_ends_in_one_line(command, says):
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert says in done.stderr
+
+
+@pytest.mark.parametrize("command", [["-m", "ballad_hf.training.sweep_command"], ["examples/evaluate_ballad.py"]])
+def test_a_misspelt_option_is_named(command):
+    words = [*command, "outputs/mine", "--dataste", "digits"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: unrecognized arguments: --dataste digits\n")

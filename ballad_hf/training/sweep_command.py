@@ -151,7 +151,10 @@ def _parse(command_line: list[str]) -> tuple[DataArguments, PhaseBArguments, Swe
         prog="python -m ballad_hf.training.sweep_command",
         description=(__doc__ or "").split("\n")[0],
     )
-    data, prefixed, space, options = parser.parse_args_into_dataclasses(command_line)
+    parsed = parser.parse_args_into_dataclasses(command_line, return_remaining_strings=True)
+    data, prefixed, space, options, unknown = parsed
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return data, build_stage(_PHASE_B, vars(prefixed)), space, options
 
 
