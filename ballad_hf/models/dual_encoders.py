@@ -42,10 +42,11 @@ logger = logging.get_logger(__name__)
 OPENAI_TOKENIZER = "openai/clip-vit-base-patch32"
 OPENAI_VOCAB_SIZE = 49408
 _WEIGHT_SUFFIXES = {".bin", ".pt", ".pth", ".safetensors"}  # what has one is no name on the Hub
-# What `from_pretrained` takes to find a file; the rest of its arguments are about the model.
+# Ends a message about a name that was found nowhere.
 NO_HUB = (
     " Where the Hub has one of these, it was not reached: look at the network, and at HF_HUB_OFFLINE if it is set."
 )
+# What `from_pretrained` takes to find a file; the rest of its arguments are about the model.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
