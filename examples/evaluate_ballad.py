@@ -2,7 +2,7 @@
 
     accelerate launch examples/evaluate_ballad.py outputs/digits
     accelerate launch examples/evaluate_ballad.py outputs/mine --dataset path/to/pictures --part validation
-    accelerate launch examples/evaluate_ballad.py outputs/mine --dataset path/to/pictures --five_crop
+    accelerate launch examples/evaluate_ballad.py outputs/mine --dataset path/to/pictures --five_crop true
     accelerate launch examples/evaluate_ballad.py outputs/mine --dataset path/to/pictures --target_prior train
 
 The classes of the data are matched with the model's by name; with `--classes data` the model takes over those of the
@@ -57,6 +57,23 @@ class EvaluationArguments:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = field(default=None, metadata={"help": "autocast"})
     seed: int = field(default=0, metadata={"help": "of a validation part that is split off, as in training"})
 
+    def __post_init__(self):
+        if self.adapter_ratio is not None and not 0 <= self.adapter_ratio <= 1:
+            raise ValueError(f"adapter_ratio is {self.adapter_ratio}: choose 0 (without the adapter) to 1.")
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ValueError(
+                f"batch_size is {self.batch_size} and num_workers {self.num_workers}: give 1 and 0, or more."
+            )
+        if self.target_prior not in (None, "uniform", "train"):
+            try:
+                float(self.target_prior)
+            except ValueError as error:
+                raise ValueError(f"target_prior is {self.target_prior!r}: give uniform, train or a number.") from error
+        if self.unknown_dataset is not None and self.part == "validation":
+            raise ValueError(
+                "unknown_dataset takes its threshold from the validation part: report another, such as --part test."
+            )
+
 
 def main(command_line: list[str]) -> None:
     # The model comes first on the command line, without a name.
@@ -66,10 +83,6 @@ def main(command_line: list[str]) -> None:
     data, options, unknown_options = parser.parse_args_into_dataclasses(command_line, return_remaining_strings=True)
     if unknown_options:
         parser.error(f"unrecognized arguments: {' '.join(unknown_options)}")
-    if options.unknown_dataset is not None and options.part == "validation":
-        raise ValueError(
-            "--unknown_dataset takes its threshold from the validation part: report another, such as --part test."
-        )
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
 
     # The model with what feeds it, and the part of the data in the model's labels.
@@ -78,6 +91,8 @@ def main(command_line: list[str]) -> None:
     with accelerator.main_process_first():
         splits = load_splits(**vars(data), seed=options.seed)
     if options.classes == "data":
+        if not model.config.has_text_tower:
+            raise ValueError(f"{options.model} has no text tower, so it can't take over classes: leave --classes out.")
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model.set_class_names(splits.class_names, tokenizer)
     if options.classes == "data" or model.config.class_counts is None:
@@ -103,7 +118,7 @@ def main(command_line: list[str]) -> None:
     said = predict(model, part, **reading)
     unknown = None
     if options.unknown_dataset is not None:
-        others = load_splits(options.unknown_dataset, seed=options.seed)
+        others = load_splits(options.unknown_dataset, on_unreadable=data.on_unreadable, seed=options.seed)
         unknown = predict(model, others.test or others.validation, unknown=True, **reading)
         threshold = threshold_that_keeps(predict(model, relabel(splits.validation, part.class_names), **reading))
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,27 @@ def test_a_part_that_is_not_there(script, bundle, tmp_path):
             Image.new("RGB", (32, 32), (25 * label, 9 * copy, 0)).save(tmp_path / "pictures" / name / f"{copy}.png")
     with pytest.raises(ValueError, match="no test part: choose --part among train, validation"):
         _run(script, bundle, tmp_path, "--dataset", str(tmp_path / "pictures"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--adapter_ratio", "3"], "adapter_ratio is 3.0: choose 0"),
+        (["--num_workers", "-1"], "num_workers -1: give"),
+        (["--batch_size", "0"], "batch_size is 0 and"),
+        (["--target_prior", "often"], "target_prior is 'often': give uniform, train or a number"),
+        (["--unknown_dataset", "digits", "--part", "validation"], "takes its threshold from the validation part"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_anything_is_read(script, options, says):
+    with pytest.raises(ValueError, match=says):
+        script.main(["no-such-model", *options])
+
+
+def test_an_image_tower_alone_takes_over_no_classes(script, bundle, tmp_path):
+    _, model, image_processor = bundle
+    model = deepcopy(model)
+    model.remove_text_tower()
+    folder = save_bundle(tmp_path / "small", model, None, image_processor)
+    with pytest.raises(ValueError, match="small has no text tower, so it can't take over classes"):
+        script.main([str(folder), "--classes", "data"])
