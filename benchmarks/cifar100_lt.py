@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import functools
 import json
+import logging
 import os
 import platform
 import statistics
@@ -345,6 +346,8 @@ def parse_options(command_line: Sequence[str]) -> argparse.Namespace:
 def main(command_line: Sequence[str]) -> str:
     """Run what is not there yet; the tables, which are written to `table.md` too."""
     options = parse_options(command_line)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ballad_hf").setLevel(logging.INFO)  # a line for each validation, bars or not
     folder = Path(options.output_dir)
     # Losses and seeds may be added later, so they are no part of what the folder belongs to.
     told = {"dataset": options.dataset, "imbalance_factor": options.imbalance_factor}

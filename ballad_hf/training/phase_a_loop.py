@@ -171,6 +171,9 @@ class PhaseALoop:
             self._choose(figures)
         state.result.history.append(entry)
         bar.set_postfix(shown, refresh=False)
+        if self.accelerator.is_main_process:
+            told = ", ".join(f"{name} {value}" for name, value in shown.items())
+            logger.info(f"Phase A, epoch {entry['epoch']} of {self.arguments.epochs}: {told}.")
         by_validation = self.timer.every_steps is None and self.timer.every_minutes is None
         if by_validation or state.best_step == state.step:
             self._save()
