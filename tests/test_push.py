@@ -130,6 +130,72 @@ def test_what_was_pushed_loads_bit_equal_also_by_revision_and_in_both_pipelines(
     assert {row["label"] for row in typed} == {"cat", "a bus"}
 
 
+LOAD_WITHOUT_BALLAD = """
+import json, sys
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig, AutoImageProcessor, AutoModelForImageClassification, AutoModelForZeroShotImageClassification,
+    AutoTokenizer, pipeline,
+)
+name, picture = "someone/digits", sys.argv[1]
+labels = ["cat", "a bus"]
+trusted = {"trust_remote_code": True}
+pixels = AutoImageProcessor.from_pretrained(name, **trusted)(Image.open(picture), return_tensors="pt")
+tokenizer = AutoTokenizer.from_pretrained(name, **trusted)
+texts = tokenizer([f"a photo of a {label}." for label in labels], padding=True, return_tensors="pt")
+answers = {"config": AutoConfig.from_pretrained(name, **trusted).class_names}
+with torch.no_grad():
+    model = AutoModelForImageClassification.from_pretrained(name, **trusted).eval()
+    answers["stored"] = model(**pixels).logits[0].tolist()
+    model = AutoModelForZeroShotImageClassification.from_pretrained(name, **trusted).eval()
+    answers["typed"] = model(**pixels, **texts).logits_per_image[0].tolist()
+answers["own pipeline"] = pipeline("image-classification", model=name, **trusted)(picture)
+answers["typed pipeline"] = pipeline("zero-shot-image-classification", model=name, **trusted)(
+    picture, candidate_labels=labels, hypothesis_template="a photo of a {}."
+)
+model.set_class_names(["owl", "bus", "zebra"], tokenizer)
+answers["renamed"] = [model.config.id2label[index] for index in range(3)]
+assert sys.modules["ballad_hf"] is None and not any(module.startswith("ballad_hf.") for module in sys.modules)
+answers["code"] = type(model).__module__.split(".")[0]
+print(json.dumps(answers))
+"""
+
+
+def test_what_was_pushed_with_its_code_answers_the_same_where_ballad_can_not_be_imported(
+    hub, client, bundle, tiny_ballad, tiny_clip, tmp_path
+):
+    assert client(PUSH, bundle, "someone/digits", "--with_code").returncode == 0
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(picture)
+    preload = "import torch, transformers.pipelines"
+    stranger = HubClient(hub, tmp_path / "home", preload, blocked=("ballad_hf",))
+    try:
+        refused = stranger(
+            LOAD_WITHOUT_BALLAD.replace('"trust_remote_code": True', '"trust_remote_code": False'), picture
+        )
+        done = stranger(LOAD_WITHOUT_BALLAD, picture, token=None)
+    finally:
+        stranger.close()
+    assert "trust_remote_code" in refused.stderr  # no code runs that was not asked for
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)
+    assert answers["code"] == "transformers_modules"
+    assert answers["config"] == tiny_ballad.config.class_names
+    assert answers["renamed"] == ["owl", "bus", "zebra"]
+    pixel_values = tiny_clip.image_processor(Image.open(picture), return_tensors="pt").pixel_values
+    labels = ["cat", "a bus"]
+    texts = tiny_clip.tokenizer([f"a photo of a {label}." for label in labels], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        stored = tiny_ballad(pixel_values).logits[0]
+        typed = tiny_ballad(pixel_values, **texts).logits_per_image[0]
+    assert answers["stored"] == pytest.approx(stored.tolist(), abs=1e-5)
+    assert answers["typed"] == pytest.approx(typed.tolist(), abs=1e-5)
+    for said, names, logits in (("own", tiny_ballad.config.class_names, stored), ("typed", labels, typed)):
+        scores = {row["label"]: row["score"] for row in answers[f"{said} pipeline"]}
+        assert scores == pytest.approx(dict(zip(names, logits.softmax(-1).tolist(), strict=True)), abs=1e-5)
+
+
 def test_a_second_push_writes_what_changed_and_clears_old_weights(hub, client, bundle):
     assert client(PUSH, bundle, "digits", "--with_code").returncode == 0
     repository = hub.repositories["someone/digits"]
