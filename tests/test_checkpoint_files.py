@@ -107,8 +107,10 @@ class Touches:
 def test_a_pickle_that_would_run_something_is_refused_unrun(tmp_path, zipped):
     trace, file = tmp_path / "was-here", tmp_path / "weights.pt"
     file.write_bytes(torch_saved({"w": Touches(trace)}, _use_new_zipfile_serialization=zipped))
-    with pytest.raises(ValueError, match="more than tensors and plain values"):
+    with pytest.raises(ValueError, match="more than tensors and plain values") as refused:
         read_checkpoint(file)
+    assert "weights_only" not in str(refused.value)  # torch's advice is to run the file
+    assert "open" in str(refused.value)
     assert not trace.exists()
 
 

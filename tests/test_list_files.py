@@ -87,6 +87,9 @@ def test_empty_and_missing_lists_are_refused(tmp_path):
     (tmp_path / "train.txt").write_text("\n")
     with pytest.raises(ValueError, match="is empty"):
         read_list_file(tmp_path / "train.txt")
+    (tmp_path / "train.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"train\.txt is no text in UTF-8"):
+        read_list_file(tmp_path / "train.txt")
     with pytest.raises(FileNotFoundError, match="no list file"):
         read_list_file(tmp_path / "val.txt")
 

@@ -110,10 +110,13 @@ def colliding(names: Sequence[str]) -> dict[str, list[int]]:
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"class_names is {path}, but there is no such file.")
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix.lower() not in (".json", ".yaml", ".yml"):
-        return [line for line in text.splitlines() if line.strip()]
-    content = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    try:
+        content = _parsed(path)
+    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"class_names is {path}, which can't be read: {error}. Give a text file (UTF-8) with one name a line in "
+            "label order, or a JSON or YAML file."
+        ) from error
     if isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
         return [str(entry["name"]) for entry in sorted(content, key=lambda entry: entry["id"])]
     if not isinstance(content, list | dict):
@@ -121,6 +124,13 @@ def _read(path: Path) -> Any:
             f"{path} holds {type(content).__name__}: give a list of names, or a mapping from raw to shown."
         )
     return content
+
+
+def _parsed(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() not in (".json", ".yaml", ".yml"):
+        return [line for line in text.splitlines() if line.strip()]
+    return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
 
 
 def _listed(raw: Sequence[str], override: Sequence[str], where: str) -> list[str]:

@@ -69,7 +69,11 @@ def read_list_file(path: str | os.PathLike[str]) -> ListedPictures:
     paths: list[str] = []
     labels: list[int] = []
     malformed: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}): give a list of `path label` lines.") from error
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         words = line.rsplit(maxsplit=1)

@@ -80,10 +80,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     except _BROKEN as error:
         raise ValueError(f"{path} is no checkpoint that can be read, or a truncated one: {error}") from error
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+        # torch's own message goes on with how to run the file after all.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().split("\n")[0].split(" Please use ")[0]
         raise ValueError(
             f"{path} is no checkpoint, or it holds more than tensors and plain values, and what else it holds is not "
-            f"run: {reason} If you trust the file, save its state dict alone with safetensors or torch.save."
+            f"run ({reason.rstrip('.')}). If you trust the file, save its state dict alone with safetensors or "
+            "torch.save."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights.")

@@ -225,7 +225,8 @@ def check_interface(clip: PreTrainedModel) -> None:
 def _load_transformers(name_or_path: str | os.PathLike, model_type: str, **kwargs) -> PreTrainedModel:
     if model_type == "ballad":
         raise ValueError(
-            f"{name_or_path} is a Ballad already: load it with BalladForImageClassification.from_pretrained."
+            f"{name_or_path} is a Ballad already: load it with BalladForImageClassification.from_pretrained, or "
+            f"make a plain dual encoder of it by `ballad-convert fold {name_or_path} FOLDER` to start from."
         )
     try:
         clip, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+from accelerate.utils import LoggerType
+
 from ..models.configuration_ballad import DEFAULT_TEMPLATE
 
 
@@ -283,5 +285,8 @@ class RunArguments:
             raise ValueError(f"num_workers is {self.num_workers}: give 0 (read in the main process) or more.")
         if self.eval_batch_size < 1:
             raise ValueError(f"eval_batch_size is {self.eval_batch_size}: give 1 or more.")
+        trackers = ["all", *LoggerType.list()]
+        if self.report_to is not None and self.report_to not in trackers:
+            raise ValueError(f"report_to is {self.report_to!r}: choose one of {', '.join(dict.fromkeys(trackers))}.")
         if Path(self.output_dir).is_file():
             raise ValueError(f"output_dir {self.output_dir} is a file: name a folder.")
