@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from ballad_hf.data.prompts import ClassPrompts
+from ballad_hf.models.label_bank import encode_class_prompts
 from ballad_hf.training.cached_gradients import Objective, StepGradients
 from ballad_hf.training.losses import build_classification_loss
 from ballad_hf.training.optimization import freeze_the_rest
@@ -14,15 +15,18 @@ from ballad_hf.training.towers import ClassTexts, TrainableTowers, class_embeddi
 
 NAMES = ["cat", "dog", "owl", "red fox", "zebra", "a very long name of a rare species"]
 COUNTS = [50, 20, 10, 5, 2, 1]
+OWN = {"owl": ["a round face", "wings that make no sound", "owl"], "red fox": ["a bushy tail"]}
 LABELS = torch.tensor([0, 0, 1, 0, 2, 5, 1])
 
 
-def gradients_of(clip, tokenizer, loss, micro_batch_size=None, piece=None, train="both", templates=("a {}.",)):
+def gradients_of(
+    clip, tokenizer, loss, micro_batch_size=None, piece=None, train="both", templates=("a {}.",), own=None
+):
     """Gradients by name, and the loss, from one step over 7 pictures."""
     freeze_the_rest(clip, train, train_logit_scale=True)
     clip.zero_grad()
     accelerator = Accelerator(cpu=True)
-    prompts = ClassPrompts(NAMES, list(templates), tokenizer, clip.config)
+    prompts = ClassPrompts(NAMES, list(templates), tokenizer, clip.config, own)
     texts = ClassTexts(prompts, 0, 1, piece, torch.device("cpu"))
     objective = Objective() if loss == "contrastive" else Objective(build_classification_loss(loss, COUNTS))
     towers = TrainableTowers(clip)
@@ -31,13 +35,12 @@ def gradients_of(clip, tokenizer, loss, micro_batch_size=None, piece=None, train
         with torch.no_grad():
             share = texts.share(torch.arange(len(NAMES)))
             features = torch.cat([towers(**part).text for part in share.pieces])
-            frozen = class_embeddings(features, len(templates))[share.pick]
+            frozen = class_embeddings(features, share.prompt_counts)[share.pick]
     step = StepGradients(
         towers,
         None if train == "image" else texts,
         objective,
         accelerator,
-        templates=len(templates),
         num_classes=len(NAMES),
         micro_batch_size=micro_batch_size,
         frozen_embeds=frozen,
@@ -64,17 +67,67 @@ def test_pieces_give_the_gradients_of_the_whole(tiny_clip, loss, train):
             assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-5, name
 
 
-def test_the_whole_is_what_a_plain_loss_over_all_prompts_gives(tiny_clip):
+@pytest.mark.parametrize("loss", ["contrastive", "cross_entropy"])
+@pytest.mark.parametrize("train", ["both", "projections"])
+def test_pieces_of_uneven_classes_give_the_gradients_of_the_whole(tiny_clip, loss, train):
+    """Classes of 1, 2 and 3 prompts, in pieces of 1 to 4 prompts."""
     clip, tokenizer, _ = tiny_clip
-    value, found = gradients_of(clip, tokenizer, "cross_entropy", templates=("a {}.", "one {}."))
+    told = {"train": train, "templates": ("a {}.", "one {}."), "own": OWN}
+    whole, expected = gradients_of(clip, tokenizer, loss, **told)
+    for micro_batch_size, piece in ((3, 1), (7, 3), (2, 4)):
+        value, found = gradients_of(clip, tokenizer, loss, micro_batch_size, piece, **told)
+        assert value == pytest.approx(whole, rel=1e-5)
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-5, name
+
+
+@pytest.mark.parametrize("piece", [1, 3, 4, 100])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_pieces_hold_as_many_prompts_as_they_may_and_are_as_many_everywhere(tiny_clip, piece, processes):
+    clip, tokenizer, _ = tiny_clip
+    prompts = ClassPrompts(NAMES, ["a {}.", "one {}."], tokenizer, clip.config, OWN)
+    assert prompts.counts.tolist() == [2, 2, 3, 1, 2, 2]
+    shares = [
+        ClassTexts(prompts, process, processes, piece, torch.device("cpu")).share(torch.tensor([0, 2, 3, 4, 5]))
+        for process in range(processes)
+    ]
+    assert len({len(share.pieces) for share in shares}) == 1
+    assert len({len(share.prompt_counts) for share in shares}) == 1
+    for share in shares:
+        assert [len(tokens["input_ids"]) for tokens in share.pieces] == share.rows
+        assert sum(share.rows) == share.prompt_counts.sum()
+        assert max(share.rows) <= max(piece, 3)
+    if piece == 4 and processes == 1:
+        assert sorted(shares[0].rows) in ([2, 4, 4], [3, 3, 4])  # ten prompts
+
+
+def test_the_contrastive_loss_over_uneven_classes_is_that_of_their_embeddings(tiny_clip):
+    """Three prompts of a class are one text for the loss: their normalised mean, compared once."""
+    clip, tokenizer, _ = tiny_clip
+    value, _ = gradients_of(clip, tokenizer, "contrastive", own=OWN)
+    embeds = encode_class_prompts(clip, tokenizer, NAMES, ["a {}."], descriptions=OWN)
+    pixel_values = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        images = clip.get_image_features(pixel_values=pixel_values).pooler_output
+        pairs = clip.logit_scale.exp() * torch.nn.functional.normalize(images) @ embeds[LABELS].T  # a text a picture
+    same = (LABELS[:, None] == LABELS).float()
+    both = [-((logits.log_softmax(1) * same).sum(1) / same.sum(1)).mean().item() for logits in (pairs, pairs.T)]
+    assert value == pytest.approx(sum(both) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("own", [{}, OWN], ids=["templates", "descriptions"])
+def test_the_whole_is_what_a_plain_loss_over_all_prompts_gives(tiny_clip, own):
+    clip, tokenizer, _ = tiny_clip
+    value, found = gradients_of(clip, tokenizer, "cross_entropy", templates=("a {}.", "one {}."), own=own)
     clip.zero_grad()
     pixel_values = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     images = clip.get_image_features(pixel_values=pixel_values).pooler_output
     embeds = []
     for name in NAMES:  # one prompt at a time
-        tokens = [tokenizer(f"{start} {name}.", return_tensors="pt") for start in ("a", "one")]
+        texts = own.get(name, [f"a {name}.", f"one {name}."])
+        tokens = [tokenizer(text, return_tensors="pt") for text in texts]
         features = [clip.get_text_features(**token).pooler_output[0] for token in tokens]
-        embeds.append(sum(feature / feature.norm() for feature in features) / 2)
+        embeds.append(sum(feature / feature.norm() for feature in features) / len(texts))
     embeds = torch.stack([embed / embed.norm() for embed in embeds])
     logits = clip.logit_scale.exp() * (images / images.norm(dim=-1, keepdim=True)) @ embeds.T
     loss = torch.nn.functional.cross_entropy(logits, LABELS)

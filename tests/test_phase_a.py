@@ -17,9 +17,10 @@ from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
 from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training.arguments import PhaseAArguments
 from ballad_hf.training.optimization import tower_of
+from ballad_hf.training.phase_a_setup import set_up_phase_a
 from ballad_hf.training.phase_a_state import PhaseAResult
 from ballad_hf.training.step_status import NonFiniteLossError
-from ballad_hf.training.validation import FIGURES, Validator
+from ballad_hf.training.validation import FIGURES, Validator, encode_classes
 
 
 NAMES = ["red", "green", "blue"]
@@ -85,6 +86,19 @@ def test_it_learns_colours_and_leaves_a_model_that_is_ready(model, splits, encod
     fresh = model.class_embeds.clone()
     model.set_class_names(NAMES, encoder.tokenizer)
     assert torch.equal(fresh, model.class_embeds)  # made with the text tower as it is now
+
+
+@pytest.mark.parametrize("train", ["both", "image", "projections"])
+def test_pictures_are_compared_with_the_models_own_class_embeddings(model, splits, encoder, train):
+    """Descriptions in the place of templates, in training and in validation alike."""
+    descriptions = {"green": ["grass", "leaves in spring", "moss"], "red": ["blood"]}
+    model.set_class_names(NAMES, encoder.tokenizer, ["a {}", "one {}"], descriptions=descriptions)
+    setup = set_up_phase_a(
+        model, splits, encoder.tokenizer, encoder.image_processor, arguments(train=train), Accelerator(), 0, 0, 8
+    )
+    for part in (setup.gradients, setup.validator):
+        embeds = part.frozen_embeds if train == "image" else encode_classes(setup.towers, part.texts)
+        torch.testing.assert_close(embeds, model.class_embeds, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("train", ["both", "image", "text", "projections"])
@@ -377,3 +391,14 @@ def test_bad_input_is_named(model, splits, encoder):
         trained(model, splits, encoder, arguments(), resume="auto")
     with pytest.raises(ValueError, match="metric_for_best is 'many'"):
         trained(model, splits, encoder, arguments(metric_for_best="many"))
+
+
+def test_each_validation_is_a_line_in_the_log(model, splits, encoder, caplog):
+    caplog.set_level("INFO", logger="ballad_hf")
+    result = trained(model, splits, encoder, arguments())
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Phase A, epoch")]
+    figures = [(entry["loss"], entry["mean_class"]) for entry in result.history[1:]]
+    assert lines == [
+        f"Phase A, epoch {epoch} of 2: loss {loss:.3f}, mean_class {accuracy:.3f}."
+        for epoch, (loss, accuracy) in enumerate(figures, start=1)
+    ]

@@ -37,6 +37,7 @@ def run(folder, file, options, resume="never"):
     model = BalladForImageClassification.from_dual_encoder(
         encoder.clip, NAMES, encoder.tokenizer, logit_scale=options.pop("logit_scale", None)
     )
+    model.set_class_names(NAMES, encoder.tokenizer, descriptions=options.pop("descriptions", None))
     validation = noisy([2, 2, 1], 1)
     splits = Splits(noisy([20, 8, 4], 0), validation, None, NAMES, "noise")
     if options.pop("without_validation", False):
@@ -72,7 +73,16 @@ def read(file):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("options", [{"loss": "contrastive"}, {"loss": "class_prompt"}, {"loss": "lade"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "contrastive"},
+        {"loss": "class_prompt"},
+        {"loss": "lade"},
+        {"loss": "class_prompt", "descriptions": {"green": ["grass", "leaves in spring", "moss"]}},
+    ],
+    ids=["contrastive", "class_prompt", "lade", "class_prompt-descriptions"],
+)
 @pytest.mark.parametrize("micro_batch_size", [None, 1])
 def test_gradients_are_those_of_one_process(tmp_path, options, micro_batch_size):
     """One plain step at rate 1: the weights move by the gradient."""
@@ -213,5 +223,7 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
     run(tmp_path / "run", tmp_path / "result", {"epochs": 1})
     with pytest.raises(ValueError, match=r"of another run: learning_rate was 0.01 and is 0.5. Give the same"):
         run(tmp_path / "run", tmp_path / "result", {"epochs": 1, "learning_rate": 0.5}, "auto")
+    with pytest.raises(ValueError, match="of another run: class prompts was"):
+        run(tmp_path / "run", tmp_path / "result", {"epochs": 1, "descriptions": {"red": ["blood"]}}, "auto")
     with pytest.raises(FileNotFoundError, match="is no checkpoint"):
         run(tmp_path / "run", tmp_path / "result", {"epochs": 1}, tmp_path / "nothing")

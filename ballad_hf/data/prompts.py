@@ -6,38 +6,40 @@ ten times the work for the same features. Class prompts never change, so they ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..models.configuration_ballad import check_templates
-from ..models.label_bank import check_class_names, tokenize_prompts
+from ..models.label_bank import check_class_names, check_descriptions, class_prompts, tokenize_prompts
 
 
 class ClassPrompts:
-    """The prompts of every class as token ids.
+    """The prompts of every class as token ids: its descriptions where it has some, else the templates with its name.
 
     Args:
         class_names: names in label order, all different.
-        templates: prompts with `{}` for the name; every class gets each of them.
+        templates: prompts with `{}` for the name.
         tokenizer: the tokenizer of the text tower.
         clip_config: config of the dual encoder, for its greatest length.
+        descriptions: class name -> prompts that take the place of the templates for this class.
 
     Attributes:
-        input_ids: (classes, templates, length) int32, padded to the longest prompt of all.
+        input_ids: (prompts, length) int32, class by class, padded to the longest prompt of all.
+        counts: (classes,) prompts of each class, at least 1.
 
     Raises:
-        ValueError: an empty or repeated name, a template without `{}`.
+        ValueError: an empty or repeated name, a template without `{}`, a description of no class.
 
     Example:
 
     >>> from ballad_hf.data.prompts import ClassPrompts
     >>> from ballad_hf.models.tiny_clip import build_tiny_clip
     >>> clip, tokenizer, _ = build_tiny_clip(words=["photo", "cat", "zebra"])
-    >>> prompts = ClassPrompts(["cat", "black zebra"], ["a photo of a {}."], tokenizer, clip.config)
-    >>> tuple(prompts.input_ids.shape), tuple(prompts.batch([0])["input_ids"].shape)
-    ((2, 1, 14), (1, 9))
+    >>> own = {"zebra": ["a photo of a zebra.", "a cat"]}
+    >>> prompts = ClassPrompts(["cat", "zebra"], ["a photo of a {}."], tokenizer, clip.config, own)
+    >>> prompts.counts.tolist(), tuple(prompts.batch([1, 0])["input_ids"].shape)
+    ([1, 2], (3, 9))
     """
 
     def __init__(
@@ -46,29 +48,33 @@ class ClassPrompts:
         templates: Sequence[str],
         tokenizer: PreTrainedTokenizerBase,
         clip_config: PreTrainedConfig,
+        descriptions: Mapping[str, Sequence[str]] | None = None,
     ):
         names = check_class_names(class_names)
-        check_templates(templates)
-        texts = [template.format(name) for name in names for template in templates]
-        tokens = tokenize_prompts(texts, tokenizer, clip_config)
-        shape = (len(names), len(templates), -1)
-        self.input_ids = tokens["input_ids"].to(torch.int32).view(shape)
+        by_class = class_prompts(names, templates, check_descriptions(descriptions or {}, names))
+        self.counts = torch.tensor([len(texts) for texts in by_class])  # (classes,)
+        self._first = self.counts.cumsum(0) - self.counts  # (classes,) row of each class's first prompt
+        tokens = tokenize_prompts([text for texts in by_class for text in texts], tokenizer, clip_config)
+        self.input_ids = tokens["input_ids"].to(torch.int32)
         mask = tokens.get("attention_mask")
-        self._mask = None if mask is None else mask.to(torch.int8).view(shape)
+        self._mask = None if mask is None else mask.to(torch.int8)
         # A tower that was trained on one length keeps it; so does a tokenizer that gives no mask.
-        full = self.input_ids.shape[-1]
-        # (classes, templates): positions up to the last token that is not padding
-        self._lengths = torch.full(shape[:2], full)
+        full = self.input_ids.shape[1]
+        # (prompts,): positions up to the last token that is not padding
+        self._lengths = torch.full((len(self.input_ids),), full)
         if self._mask is not None and "siglip" not in clip_config.model_type:
             self._lengths = (self._mask * torch.arange(1, full + 1)).amax(dim=-1)
 
     def __len__(self) -> int:
-        return self.input_ids.shape[0]
+        return len(self.counts)
 
-    @property
-    def templates(self) -> int:
-        """Prompts of each class."""
-        return self.input_ids.shape[1]
+    def rows(self, classes: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Which prompts belong to some classes: (prompts of them,) rows of `input_ids`, class by class."""
+        classes = torch.as_tensor(classes, dtype=torch.long, device="cpu")
+        counts = self.counts[classes]
+        # Where a class's prompts start among all, less where they start here, is the same for each of them.
+        shift = self._first[classes] - (counts.cumsum(0) - counts)
+        return shift.repeat_interleave(counts) + torch.arange(int(counts.sum()))
 
     def batch(self, classes: Sequence[int] | torch.Tensor) -> dict[str, torch.Tensor]:
         """The prompts of some classes.
@@ -77,17 +83,24 @@ class ClassPrompts:
             classes: class indices, in any order.
 
         Returns:
-            `input_ids` and, where the tokenizer gives one, `attention_mask`: (classes * templates, longest of them)
-            int64, a class's templates side by side.
+            `input_ids` and, where the tokenizer gives one, `attention_mask`: (prompts of these classes, longest of
+            them) int64, a class's prompts side by side.
         """
-        classes = torch.as_tensor(classes, dtype=torch.long, device="cpu")
-        longest = int(self._lengths[classes].max()) if len(classes) else 0
-        tokens = {"input_ids": self.input_ids[classes, :, :longest].flatten(0, 1).long()}
+        rows = self.rows(classes)
+        longest = int(self._lengths[rows].max()) if len(rows) else 0
+        tokens = {"input_ids": self.input_ids[rows, :longest].long()}
         if self._mask is not None:
-            tokens["attention_mask"] = self._mask[classes, :, :longest].flatten(0, 1).long()
+            tokens["attention_mask"] = self._mask[rows, :longest].long()
         return tokens
 
     def by_length(self, classes: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """The class indices, short prompts first, so that a part of them taken in a row needs little padding."""
+        """The class indices, short prompts first, so that a part of them taken in a row needs little padding.
+
+        Among classes whose longest prompts are alike, those with few prompts come first.
+        """
         classes = torch.as_tensor(classes, dtype=torch.long, device="cpu")
-        return classes[self._lengths[classes].amax(dim=1).argsort(stable=True)]
+        classes = classes[self.counts[classes].argsort(stable=True)]
+        owner = torch.arange(len(classes)).repeat_interleave(self.counts[classes])
+        longest = torch.zeros(len(classes), dtype=self._lengths.dtype)
+        longest = longest.scatter_reduce(0, owner, self._lengths[self.rows(classes)], "amax")  # (classes,)
+        return classes[longest.argsort(stable=True)]

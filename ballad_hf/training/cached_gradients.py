@@ -62,7 +62,6 @@ class StepGradients:
         texts: the prompts; `None` with `frozen_embeds`.
         objective: the loss.
         accelerator: of this run.
-        templates: prompts of each class.
         num_classes: of the data.
         micro_batch_size: pictures of this process in one forward pass; `None` for all.
         frozen_embeds: (classes, dim) class embeddings of a text tower that is not trained.
@@ -75,7 +74,6 @@ class StepGradients:
         texts: ClassTexts | None,
         objective: Objective,
         accelerator: Accelerator,
-        templates: int,
         num_classes: int,
         micro_batch_size: int | None = None,
         frozen_embeds: torch.Tensor | None = None,
@@ -85,7 +83,6 @@ class StepGradients:
         self.texts = texts
         self.objective = objective
         self.accelerator = accelerator
-        self.templates = templates
         self.num_classes = num_classes
         self.micro_batch_size = micro_batch_size
         self.frozen_embeds = frozen_embeds
@@ -176,7 +173,7 @@ class StepGradients:
         text_gradients: list = []
         if share is not None:
             texts = share.pieces
-            text_gradients = list(_gradient_at(text_leaf).split([rows * self.templates for rows in share.rows]))
+            text_gradients = list(_gradient_at(text_leaf).split(share.rows))
         with self.accelerator.no_sync(self.towers):
             if self.image_is_trained:
                 for piece, gradient, state in zip(pieces[:-1], image_gradients[:-1], image_states[:-1], strict=True):
@@ -222,7 +219,7 @@ class StepGradients:
         if share is None:
             assert self.frozen_embeds is not None
             return self.frozen_embeds[columns]
-        return gather_rows(class_embeddings(text_features, self.templates))[share.pick]
+        return gather_rows(class_embeddings(text_features, share.prompt_counts))[share.pick]
 
     def _loss(self, image_features, text_embeds, scale, labels, columns) -> torch.Tensor:
         with torch.autocast(text_embeds.device.type, enabled=False):

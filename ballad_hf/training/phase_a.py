@@ -107,9 +107,9 @@ def train_phase_a(
     if arguments.epochs == 0:
         result = PhaseAResult()
     elif folder is not None and resume == "auto":
-        result = _read_outcome(model, folder, run_identity(model.clip, splits, arguments, seed))
+        result = _read_outcome(model, folder, run_identity(model, splits, arguments, seed))
     if result is None:
-        identity = run_identity(model.clip, splits, arguments, seed)
+        identity = run_identity(model, splits, arguments, seed)
 
         def set_up() -> PhaseASetup:
             return set_up_phase_a(

@@ -117,7 +117,9 @@ def set_up_phase_a(
     optimizer = build_optimizer(clip, arguments)
     towers, optimizer = accelerator.prepare(TrainableTowers(clip, model.config.logit_scale), optimizer)
 
-    prompts = ClassPrompts(splits.class_names, model.config.templates, tokenizer, clip.config)
+    prompts = ClassPrompts(
+        splits.class_names, model.config.templates, tokenizer, clip.config, model.config.class_descriptions
+    )
     texts = ClassTexts(
         prompts,
         accelerator.process_index,
@@ -137,7 +139,6 @@ def set_up_phase_a(
         None if frozen_embeds is not None else texts,
         build_objective(arguments, splits.class_counts, model.logit_scale.item()),
         accelerator,
-        templates=prompts.templates,
         num_classes=len(prompts),
         micro_batch_size=arguments.micro_batch_size,
         frozen_embeds=frozen_embeds,

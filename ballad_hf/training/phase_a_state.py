@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers.utils import logging
 
+from ..models.label_bank import names_fingerprint
 from .arguments import PhaseAArguments
 from .checkpointing import (
     Checkpoint,
@@ -31,6 +32,7 @@ from .trained_weights import put_weights, take_weights
 
 if TYPE_CHECKING:
     from ..data.splits import Splits
+    from ..models.modeling_ballad import BalladForImageClassification
 
 logger = logging.get_logger(__name__)
 
@@ -90,12 +92,21 @@ class PhaseAState:
     stopped: bool = False
 
 
-def run_identity(clip: nn.Module, splits: Splits, arguments: PhaseAArguments, seed: int) -> dict[str, Any]:
-    """What makes a run this run and no other: its start, its data, and what it was told."""
+def run_identity(
+    model: BalladForImageClassification, splits: Splits, arguments: PhaseAArguments, seed: int
+) -> dict[str, Any]:
+    """What makes a run this run and no other: its start, its data, its prompts, and what it was told."""
     told = {name: value for name, value in asdict(arguments).items() if name not in _MAY_CHANGE}
     labels = np.ascontiguousarray(splits.train.labels, dtype="<i8")
     data = hashlib.sha256(labels.tobytes() + "\n".join(splits.class_names).encode()).hexdigest()[:16]
-    return {**told, "seed": seed, "training labels and classes": data, "start": _weights_digest(clip)}
+    config = model.config
+    return {
+        **told,
+        "seed": seed,
+        "training labels and classes": data,
+        "class prompts": names_fingerprint(config.class_names, config.templates, config.class_descriptions),
+        "start": _weights_digest(model.clip),
+    }
 
 
 def check_identity(now: dict[str, Any], before: dict[str, Any]) -> None:

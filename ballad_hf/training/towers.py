@@ -66,27 +66,31 @@ class TrainableTowers(nn.Module):
         return self.clip.logit_scale.float().exp()
 
 
-def class_embeddings(text_features: torch.Tensor, templates: int) -> torch.Tensor:
+def class_embeddings(text_features: torch.Tensor, prompt_counts: torch.Tensor) -> torch.Tensor:
     """Normalised mean of the normalised features of each class's prompts.
 
     Args:
-        text_features: (classes * templates, dim), a class's templates side by side.
-        templates: prompts of each class.
+        text_features: (prompts, dim), a class's prompts side by side.
+        prompt_counts: (classes,) prompts of each class, at least 1, on the same device.
 
     Returns:
         (classes, dim) float32.
     """
     embeds = F.normalize(text_features.float(), dim=-1)
-    if templates == 1:
+    classes = len(prompt_counts)
+    if len(embeds) == classes:  # one prompt each
         return embeds
-    return F.normalize(embeds.view(-1, templates, embeds.shape[-1]).mean(dim=1), dim=-1)
+    owner = torch.repeat_interleave(prompt_counts, output_size=len(embeds))  # (prompts,) class of each
+    sums = embeds.new_zeros(classes, embeds.shape[1]).index_add(0, owner, embeds)
+    return F.normalize(sums, dim=-1)  # the mean has the same direction
 
 
 class TextShare(NamedTuple):
     """This process's share of some classes' prompts, and how the shares of all go together again."""
 
     pieces: list[dict[str, torch.Tensor]]  # arguments of the towers' forward, a piece at a time
-    rows: list[int]  # classes of each piece
+    rows: list[int]  # prompts of each piece
+    prompt_counts: torch.Tensor  # (classes of the share,) prompts of each
     pick: torch.Tensor  # (classes,) row of the gathered shares for each class, in the order asked for
 
 
@@ -97,7 +101,7 @@ class ClassTexts:
         prompts: the tokenised prompts.
         process_index: of this process.
         num_processes: of all.
-        piece: classes in one forward pass at most; `None` for all at once.
+        piece: prompts in one forward pass at most, but never less than a class's; `None` for all at once.
         device: where the tokens go.
     """
 
@@ -125,10 +129,11 @@ class ClassTexts:
         row_of_class = torch.empty(len(self.prompts), dtype=torch.long)
         row_of_class[shares.flatten()] = torch.arange(len(padded))
         mine = shares[self.process_index]
-        pieces = mine.split(self.piece or len(mine))
+        pieces = mine.split(self._cuts(shares))
         share = TextShare(
             [self._arguments(piece) for piece in pieces],
-            [len(piece) for piece in pieces],
+            [int(self.prompts.counts[piece].sum()) for piece in pieces],
+            self.prompts.counts[mine].to(self.device),
             row_of_class[classes].to(self.device),
         )
         if every_class:
@@ -139,12 +144,31 @@ class ClassTexts:
     def keep_pooled(self, clip: PreTrainedModel) -> None:
         """Run the text tower over all prompts once and keep what its projection takes; for a frozen tower."""
         pooled = []
-        for classes in torch.arange(len(self.prompts)).split(self.piece or 256):
+        every_class = torch.arange(len(self.prompts))
+        for classes in every_class.split(_cuts(self.prompts.counts, self.piece or 256)):
             tokens = {name: value.to(self.device) for name, value in self.prompts.batch(classes).items()}
             pooled.append(clip.text_model(**tokens).pooler_output)
-        self._pooled = torch.cat(pooled).view(len(self.prompts), self.prompts.templates, -1)
+        self._pooled = torch.cat(pooled)  # (prompts, hidden)
+
+    def _cuts(self, shares: torch.Tensor) -> list[int]:
+        """Classes of each piece, the same for every process: a sharded tower's forward is a collective."""
+        if self.piece is None:
+            return [shares.shape[1]]
+        return _cuts(self.prompts.counts[shares].amax(dim=0), self.piece)
 
     def _arguments(self, classes: torch.Tensor) -> dict[str, torch.Tensor]:
         if self._pooled is not None:
-            return {"pooled_text": self._pooled[classes.to(self.device)].flatten(0, 1)}
+            return {"pooled_text": self._pooled[self.prompts.rows(classes).to(self.device)]}
         return {name: value.to(self.device) for name, value in self.prompts.batch(classes).items()}
+
+
+def _cuts(counts: torch.Tensor, most: int) -> list[int]:
+    """Lengths of the parts of `counts`, (classes,), whose sums are `most` or less where a class alone is not more."""
+    cuts, held = [0], 0
+    for count in counts.tolist():
+        if cuts[-1] and held + count > most:
+            cuts.append(0)
+            held = 0
+        cuts[-1] += 1
+        held += count
+    return cuts

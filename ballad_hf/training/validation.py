@@ -104,4 +104,4 @@ def encode_classes(towers: nn.Module, texts: ClassTexts | None) -> torch.Tensor:
     assert texts is not None
     share = texts.share(torch.arange(len(texts.prompts)))
     features = torch.cat([towers(**piece).text for piece in share.pieces])  # (prompts of this process, dim)
-    return gather_rows(class_embeddings(features, texts.prompts.templates))[share.pick]
+    return gather_rows(class_embeddings(features, share.prompt_counts))[share.pick]
