@@ -5,8 +5,10 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from ballad_hf import BalladForImageClassification, FeatureTable, LongTailMetrics, evaluate
+from ballad_hf.evaluation import evaluate as evaluation
 from ballad_hf.evaluation.evaluate import predict
 from ballad_hf.models.tiny_clip import build_tiny_clip
 
@@ -38,6 +40,14 @@ class Pictures(Dataset):
 def model(tiny_ballad):
     tiny_ballad.config.class_counts = COUNTS
     return tiny_ballad
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_bar_can_be_switched_off(model, monkeypatch, capsys, progress):
+    # Without the delay of two seconds, which would hide every bar here.
+    monkeypatch.setattr(evaluation, "tqdm", lambda loader, **asked: tqdm(loader, **{**asked, "delay": 0}))
+    evaluate(model, Pictures(5), progress=progress)
+    assert ("Evaluating" in capsys.readouterr().err) == progress
 
 
 def test_metrics_are_those_of_the_models_own_logits(model):

@@ -10,9 +10,11 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from PIL import Image
+from tqdm.auto import tqdm
 
 from ballad_hf import BalladForImageClassification, evaluate, extract_features, load_splits
 from ballad_hf.data.transforms import evaluation_transform, five_crop_transform, train_transform
+from ballad_hf.features import extraction
 from ballad_hf.features import shards as disk
 from ballad_hf.features.cache import FeatureCache
 from ballad_hf.features.extraction import view_seeds
@@ -178,6 +180,15 @@ def test_a_changed_file_is_not_served_stale(model, tiny_clip, tmp_path):
     assert len(FeatureCache(tmp_path / "cache").list()) == 2
     assert not torch.allclose(before.features, after.features)
     assert torch.allclose(after.features, after.features[:1], atol=1e-4)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_bar_can_be_switched_off(model, tiny_clip, few, monkeypatch, capsys, progress):
+    # Without the delay of two seconds, which would hide every bar here.
+    monkeypatch.setattr(extraction, "tqdm", lambda **asked: tqdm(**{**asked, "delay": 0}))
+    extract_features(model, few, image_processor=tiny_clip.image_processor, batch_size=7, progress=progress)
+    shown = capsys.readouterr().err
+    assert ("Image features" in shown and "3/3" in shown) == progress  # 20 pictures in batches of 7
 
 
 def test_a_damaged_shard_alone_is_computed_again(model, tiny_clip, few, tmp_path, monkeypatch):

@@ -117,6 +117,20 @@ def test_reliability_is_that_of_the_bins(stages):
     assert f"many-shot: error {100 * (sure - 0.8):.1f} points" in labels
 
 
+def test_a_bin_of_few_pictures_bends_no_line_but_is_shown():
+    """Ten sure pictures, 8 right; nine unsure ones, all wrong, which would pull the line to the bottom."""
+    said = _said([0] * 10 + [1] * 9, [0] * 8 + [1] * 2 + [0] * 9, 2, [3.0] * 10 + [0.5] * 9)
+    figure = plot_reliability(said, LongTailMetrics.from_predictions(said, [500, 3]))
+    top = figure.axes[0]
+    sure, unsure = np.exp(3) / (np.exp(3) + 1), np.exp(0.5) / (np.exp(0.5) + 1)
+    lines = [line.get_xydata().tolist() for line in top.get_lines() if len(line.get_xdata())]
+    assert [len(line) for line in lines] == [2, 1, 1]  # the diagonal, many-shot, all
+    assert np.allclose(lines[1:], [[[sure, 0.8]]] * 2)
+    pale = [markers.get_offsets().tolist() for markers in top.collections if markers.get_alpha() is not None]
+    assert np.allclose([markers for markers in pale if markers], [[[unsure, 0.0]]] * 2)  # few-shot, all
+    assert "pale: under 10 pictures" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def test_ten_thousand_classes_stay_readable_and_small(tmp_path):
     classes = 10_000
     rng = np.random.default_rng(0)

@@ -40,6 +40,7 @@ def evaluate(
     adapter_ratio: float | None = None,
     logit_shift: torch.Tensor | None = None,
     accelerator: Accelerator | None = None,
+    progress: bool = True,
 ) -> LongTailMetrics:
     """The metrics of a model on a split, or of an adapter on a feature table.
 
@@ -58,6 +59,7 @@ def evaluate(
         logit_shift: (classes,) added to every picture's logits, such as a change of class prior.
         accelerator: its processes share the pictures of a split and its device runs them; every process returns the
             same metrics. A table is scored whole by each.
+        progress: show a bar for a model, on the main process, where it takes more than two seconds.
 
     Raises:
         ValueError: an empty split, labels outside the model's classes, classes in another order than the model's,
@@ -86,6 +88,7 @@ def evaluate(
         adapter_ratio=adapter_ratio,
         logit_shift=logit_shift,
         accelerator=accelerator,
+        progress=progress,
     )
     if isinstance(model_or_table, FeatureTable):
         counts, names = model_or_table.class_counts, model_or_table.class_names
@@ -107,6 +110,7 @@ def predict(
     logit_shift: torch.Tensor | None = None,
     accelerator: Accelerator | None = None,
     unknown: bool = False,
+    progress: bool = True,
 ) -> Predictions:
     """As [`evaluate`], but what the model said about every picture, in the split's order.
 
@@ -139,7 +143,7 @@ def predict(
         transform = evaluation_transform(image_processor)
     if transform is not None:
         split = split.with_transform(transform)
-    mine = list(_predict_share(model, split, batch_size, num_workers, logit_shift, accelerator, unknown))
+    mine = list(_predict_share(model, split, batch_size, num_workers, logit_shift, accelerator, unknown, progress))
     return _gathered(mine, len(split), split.fingerprint(), accelerator)
 
 
@@ -188,6 +192,7 @@ def _predict_share(
     logit_shift: torch.Tensor | None,
     accelerator: Accelerator | None,
     unknown: bool,
+    progress: bool,
 ) -> Iterator[Predictions]:
     """Predictions of this process's share of the split, batch by batch."""
     process, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
@@ -198,7 +203,8 @@ def _predict_share(
     loader = DataLoader(Subset(split, share), batch_size=batch_size, num_workers=num_workers, generator=own)
     device = model.device if accelerator is None else accelerator.device
     autocast = nullcontext if accelerator is None else accelerator.autocast
-    batches = tqdm(loader, desc="Evaluating", unit="batch", delay=2, disable=process > 0, leave=False)
+    quiet = process > 0 or not progress
+    batches = tqdm(loader, desc="Evaluating", unit="batch", delay=2, disable=quiet, leave=False)
     model.to(device)
     with evaluation_mode(model), torch.no_grad():
         for batch in batches:

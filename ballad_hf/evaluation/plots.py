@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # Up to this many classes each has its name on the axis, its own bar, its own marker.
 _MOST_NAMED, _MOST_BARS, _MOST_MARKERS = 40, 200, 2000
+_FEWEST_IN_A_BIN = 10  # of fewer pictures an accuracy has a standard error of up to 16 points, and more
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
 
 
@@ -196,6 +197,8 @@ def plot_gain_by_class(results: Mapping[str, LongTailMetrics], before: str | Non
 def plot_reliability(predictions: Predictions, metrics: LongTailMetrics) -> Figure:
     """Whether confidence means what it says: accuracy over confidence in 15 bins, for all pictures and each group.
 
+    Bins with fewer than 10 pictures are pale markers beside the line: what they show is mostly luck.
+
     Args:
         predictions: of one model.
         metrics: of the same, for the shot groups.
@@ -214,6 +217,7 @@ def plot_reliability(predictions: Predictions, metrics: LongTailMetrics) -> Figu
                 _paint_reliability(top, predictions, chosen, f"{group}-shot", GROUP_COLOURS[group], group)
         everything = np.ones(len(predictions), dtype=bool)
         _paint_reliability(top, predictions, everything, "all pictures", INK, None)
+        top.plot([], [], "o", color=GREY, alpha=0.35, ms=5, mew=0, label=f"pale: under {_FEWEST_IN_A_BIN} pictures")
         top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
         top.yaxis.set_major_formatter(_PERCENT)
         top.set_title("Reliability: above the diagonal too modest, below too sure")
@@ -260,12 +264,15 @@ def _paint_reliability(
 ) -> None:
     confidence, correct = predictions.confidence[chosen], predictions.correct[chosen]
     pictures, summed, right = calibration_bins(confidence, correct)
-    filled = pictures > 0
-    x, y = summed[filled] / pictures[filled], right[filled] / pictures[filled]
+    x, y = summed / np.maximum(pictures, 1), right / np.maximum(pictures, 1)  # (bins,)
     marker, width = (GROUP_MARKERS[group], 1.0) if group else ("D", 2.2)
-    axes.plot(x, y, color=colour, lw=width, alpha=0.8)
-    # A marker as large as the bin is full: a bin of two pictures says little.
-    axes.scatter(x, y, s=4 + 150 * pictures[filled] / pictures.sum(), color=colour, marker=marker, lw=0, zorder=3)
+    full = pictures >= _FEWEST_IN_A_BIN
+    axes.plot(x[full], y[full], color=colour, lw=width, alpha=0.8)
+    # A marker as large as the bin is full.
+    sizes = 12 + 140 * pictures / pictures.sum()
+    axes.scatter(x[full], y[full], s=sizes[full], color=colour, marker=marker, lw=0, zorder=3)
+    sparse = (pictures > 0) & ~full
+    axes.scatter(x[sparse], y[sparse], s=sizes[sparse], color=colour, marker=marker, lw=0, alpha=0.35)
     error = percent(calibration_error(confidence, correct))
     axes.plot([], [], color=colour, lw=width, marker=marker, ms=5, label=f"{name}: error {error} points")
 

@@ -31,7 +31,7 @@ CAPTIONS = {
     ),
     "reliability": (
         "Whether confidence means what it says. On the diagonal, answers of 80 % confidence are right in 80 % of "
-        "cases. Large markers stand for many pictures."
+        "cases. Large markers stand for many pictures; pale ones, beside the lines, for fewer than ten: mostly luck."
     ),
     "confusions": "Rows are what the pictures show, columns what the model said, in percent of the row's pictures.",
     "mistakes": "The wrong answers that the model was surest of: look here for wrong labels, too.",

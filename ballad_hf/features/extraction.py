@@ -52,6 +52,7 @@ def extract_features(
     cache_dir: str | Path | FeatureCache | None = None,
     class_counts: Any = None,
     accelerator: Accelerator | None = None,
+    progress: bool = True,
 ) -> FeatureTable:
     """Image features of every picture of a split, before the adapter and before normalisation.
 
@@ -70,6 +71,7 @@ def extract_features(
             pictures; a run that was killed goes on where it stopped.
         class_counts: (classes,) training pictures of each class; default: the model's, else those of this split.
         accelerator: its processes share the work and its device runs it. Without, this process does all.
+        progress: show a bar, on the main process, where it takes more than two seconds.
 
     Returns:
         A table; memory-mapped where it is cached.
@@ -94,7 +96,7 @@ def extract_features(
     model.stored_class_embeds()
     split = _prepared(split, image_processor, transform, views)
     plan = disk.ShardPlan.of(len(split), views, model.config.projection_dim, dtype)
-    work = _Work(model, split, plan, seed, batch_size, num_workers, accelerator)
+    work = _Work(model, split, plan, seed, batch_size, num_workers, accelerator, progress)
     provenance: dict[str, Any] = {"encoder": encoder_fingerprint(model), "views": views, "seed": seed}
     described: dict[str, Any] = {
         "class_counts": model.config.class_counts if class_counts is None else class_counts,
@@ -132,10 +134,20 @@ def view_seeds(rows: np.ndarray, view: int, seed: int) -> np.ndarray:
 class _Work:
     """One extraction: what is run over what, and who does which part."""
 
-    def __init__(self, model, split, plan: disk.ShardPlan, seed: int, batch_size: int, num_workers: int, accelerator):
+    def __init__(
+        self,
+        model,
+        split,
+        plan: disk.ShardPlan,
+        seed: int,
+        batch_size: int,
+        num_workers: int,
+        accelerator: Accelerator | None,
+        progress: bool,
+    ):
         self.model, self.split, self.plan, self.seed = model, split, plan, seed
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.accelerator = accelerator
+        self.accelerator, self.progress = accelerator, progress
         self.processes = 1 if accelerator is None else accelerator.num_processes
         self.process = 0 if accelerator is None else accelerator.process_index
         self.device = model.device if accelerator is None else accelerator.device
@@ -217,7 +229,8 @@ class _Work:
         autocast = nullcontext if self.accelerator is None else self.accelerator.autocast
         pending: list[torch.Tensor] = []
         waiting = 0
-        bar = tqdm(total=len(loader), desc="Image features", unit="batch", delay=2, disable=not self.is_main)
+        quiet = not (self.progress and self.is_main)
+        bar = tqdm(total=len(loader), desc="Image features", unit="batch", delay=2, disable=quiet)
         batches = iter(loader)
         try:
             for shard in shards:
