@@ -167,6 +167,19 @@ def test_every_loss_learns_with_every_sampler(tiny_ballad, loss, sampler):
     assert result.validation["mean_class"] > max(0.75, result.history[0]["mean_class"] + 0.3)
 
 
+@pytest.mark.parametrize("scale", [4.0, 100.0])
+def test_margins_are_on_the_scale_of_the_logits(tiny_ballad, scale):
+    """Pictures at right angles to every text have logits of 0, whatever their class; all margins are half a cosine."""
+    tiny_ballad.config.logit_scale = scale
+    across = torch.linalg.qr(tiny_ballad.class_embeds.T, mode="complete").Q[:, -1]  # (dim,) seen by no text
+    labels = torch.arange(5).repeat_interleave(4)
+    table = FeatureTable(across.repeat(20, 1), labels, tiny_ballad.class_embeds, logit_scale=scale)
+    arguments = PhaseBArguments(epochs=1, batch_size=20, loss="ldam", adapter_start="identity")
+    (first,) = train_phase_b(tiny_ballad, table, arguments).history[1:]
+    # The label's logit is -scale / 2 and the four others 0.
+    assert first["loss"] == pytest.approx(math.log(1 + 4 * math.exp(scale / 2)), rel=1e-5)
+
+
 def test_no_epochs_leave_the_adapter_as_it_is(tiny_ballad):
     before = weight_of(tiny_ballad)
     result = train_phase_b(tiny_ballad, table_for(tiny_ballad), PhaseBArguments(epochs=0))

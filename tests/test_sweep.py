@@ -62,6 +62,21 @@ def test_every_setting_is_trained_as_train_phase_b_would(tiny_ballad):
         torch.testing.assert_close(trial.weight, model.adapter.linear.weight.detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_margins_are_on_the_scale_of_each_setting(tiny_ballad):
+    """At two scales the margins of LDAM differ, so no two settings may share one loss."""
+    table, validation = table_for(tiny_ballad), held_out(tiny_ballad)
+    space = SweepSpace(**{**NOTHING, "losses": ["ldam", "cross_entropy"], "logit_scales": [5.0, 80.0]})
+    result = sweep_phase_b(copy.deepcopy(tiny_ballad), table, validation, space, ARGUMENTS, seed=3)
+    assert len(result.trials) == 4
+    for trial in result.trials:
+        model = copy.deepcopy(tiny_ballad)
+        model.config.logit_scale = trial.settings["logit_scale"]
+        alone = PhaseBArguments(epochs=4, batch_size=32, loss=trial.settings["loss"])
+        expected = train_phase_b(model, table, alone, validation=validation, seed=3)
+        assert trial.accuracies == pytest.approx(expected.validation)
+        torch.testing.assert_close(trial.weight, model.adapter.linear.weight.detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_the_chosen_point_is_in_the_model_and_scores_what_it_says(tiny_ballad):
     table, validation, test = table_for(tiny_ballad), held_out(tiny_ballad), held_out(tiny_ballad, seed=2)
     space = SweepSpace(learning_rates=[0.2], losses=[], sampler_powers=[], logit_scales=[20.0, 60.0])

@@ -201,7 +201,8 @@ def build_classification_loss(
         label_smoothing: share of the target that is spread over all classes, from 0 to below 1; not for `focal`.
         focal_gamma: gamma of `focal`.
         ldam_max_margin: margin of the rarest class, on the cosine's scale.
-        ldam_scale: what multiplies the cosines in the logits, `s`.
+        ldam_scale: what multiplies the cosines in the logits, `s`: give the logit scale of the model. The default is
+            that of the official LDAM code, whose classifier has 30.
         class_balanced_beta: beta of `class_balanced`, from 0 (no weights) to below 1.
         reweight_exponent: exponent of `generalized_reweight`.
         adjustment_strength: tau of `logit_adjustment`.

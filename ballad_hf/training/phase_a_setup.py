@@ -167,7 +167,11 @@ def set_up_phase_a(
 
 
 def build_objective(arguments: PhaseAArguments, class_counts: np.ndarray, logit_scale: float) -> Objective:
-    """The loss that the arguments name. LDAM's margins are on the scale that the cosines start with."""
+    """The loss that the arguments name.
+
+    LDAM's margins are lengths on the cosine, taken off the logits, so they are on the logits' scale: that of the
+    start, where the scale is trained too.
+    """
     if arguments.loss == "contrastive":
         return Objective()
     name = "cross_entropy" if arguments.loss == "class_prompt" else arguments.loss

@@ -24,7 +24,7 @@ from ..features.scoring import GroupAccuracies, adapter_accuracies
 from ..features.table import FeatureTable
 from .adapter_stack import AdapterStack, TableBatches, decay, train_epoch
 from .arguments import PhaseBArguments
-from .losses import build_classification_loss
+from .losses import ClassificationLoss, build_classification_loss
 
 
 if TYPE_CHECKING:
@@ -114,13 +114,10 @@ def train_phase_b(
     device = torch.device(device or model.device)
     table = kept_close(table, device)
     start = adapter_start(arguments.adapter_start, model.adapter.linear.weight, seed).to(device)
-    stack = AdapterStack.start(
-        start[None], [model.config.adapter_ratio], [arguments.learning_rate], [model.logit_scale.item()]
-    )
+    logit_scale = model.logit_scale.item()
+    stack = AdapterStack.start(start[None], [model.config.adapter_ratio], [arguments.learning_rate], [logit_scale])
     batches = TableBatches(table, row_order(table, arguments, seed), arguments.rows_a_step(table.rows))
-    loss = build_classification_loss(arguments.loss, table.class_counts, label_smoothing=arguments.label_smoothing).to(
-        device
-    )
+    loss = phase_b_loss(arguments, table, logit_scale).to(device)
 
     result = PhaseBResult(views=table.views)
     best = _Best()
@@ -174,6 +171,20 @@ def check_table(model: BalladForImageClassification, table: FeatureTable) -> Non
             "The table's class embeddings are not the model's: the class names, the templates or the text tower have "
             "changed since. Call extract_features again; with cache_dir the image features are taken from the cache."
         )
+
+
+def phase_b_loss(arguments: PhaseBArguments, table: FeatureTable, logit_scale: float) -> ClassificationLoss:
+    """The loss that the arguments name, for logits that are `logit_scale` times cosines.
+
+    LDAM's margins are lengths on the cosine. Its loss takes them off the logits, so they must be on the same scale:
+    at a scale of 100, a margin made for 30 would be 0.15 of a cosine in the place of 0.5.
+    """
+    return build_classification_loss(
+        arguments.loss,
+        table.class_counts,
+        label_smoothing=arguments.label_smoothing,
+        ldam_scale=logit_scale,
+    )
 
 
 def adapter_start(name: str, current: torch.Tensor, seed: int) -> torch.Tensor:

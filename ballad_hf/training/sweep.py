@@ -26,8 +26,8 @@ from ..features.scoring import adapter_accuracies, moved_ratio_accuracies
 from ..features.table import FeatureTable
 from .adapter_stack import AdapterStack, TableBatches, train_epoch
 from .arguments import PhaseBArguments
-from .losses import CLASSIFICATION_LOSSES, build_classification_loss
-from .phase_b import adapter_start, apply_adapter, check_table, kept_close, row_order
+from .losses import CLASSIFICATION_LOSSES
+from .phase_b import adapter_start, apply_adapter, check_table, kept_close, phase_b_loss, row_order
 
 
 if TYPE_CHECKING:
@@ -356,20 +356,22 @@ def _groups(
     trials: list[Trial], table: FeatureTable, arguments: PhaseBArguments, seed: int, device: torch.device
 ) -> list[_Group]:
     batches: dict[Any, TableBatches] = {}  # those of one sampler are shared, so that its order is worked out once
-    together: dict[tuple[Any, Any], list[Trial]] = {}
+    together: dict[tuple[Any, Any, float | None], list[Trial]] = {}
     for trial in trials:
-        key = trial.settings.get("sampler_power"), trial.settings.get("loss", arguments.loss)
-        together.setdefault(key, []).append(trial)
+        loss_name = trial.settings.get("loss", arguments.loss)
+        # LDAM's margins are on the scale of the logits, so one loss serves one scale; the others serve all.
+        own_scale = trial.logit_scale if loss_name == "ldam" else None
+        together.setdefault((trial.settings.get("sampler_power"), loss_name, own_scale), []).append(trial)
     batch_size = arguments.rows_a_step(table.rows)
     numbers = _STEP_NUMBERS["cuda" if device.type == "cuda" else "cpu"]
     most = max(1, numbers // (batch_size * max(table.classes, table.dim)))
     groups = []
-    for (power, loss_name), members in together.items():
+    for (power, loss_name, _), members in together.items():
         sampled = {} if power is None else {"sampler": "power", "sampler_power": power}
         own = dataclasses.replace(arguments, loss=loss_name, **sampled)
         if power not in batches:
             batches[power] = TableBatches(table, row_order(table, own, seed), batch_size)
-        loss = build_classification_loss(loss_name, table.class_counts, label_smoothing=own.label_smoothing).to(device)
+        loss = phase_b_loss(own, table, members[0].logit_scale).to(device)
         for start in range(0, len(members), most):
             groups.append(_Group(members[start : start + most], own, batches[power], loss, device))
     return groups
