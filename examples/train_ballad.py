@@ -24,6 +24,7 @@ from ballad_hf import (
 )
 from ballad_hf.command_errors import errors_in_one_line
 from ballad_hf.data.transforms import train_transform
+from ballad_hf.data.unreadable import check_pictures
 from ballad_hf.evaluation.evaluate import predict
 from ballad_hf.evaluation.results import write_results
 from ballad_hf.evaluation.table import metrics_table
@@ -63,6 +64,8 @@ def main(command_line: list[str]) -> None:
             check_push(repository_of(run))
     with accelerator.main_process_first():
         splits = load_splits(**vars(arguments.data), seed=run.seed)
+    if accelerator.is_main_process and arguments.data.on_unreadable == "raise":
+        check_pictures(splits)
     model, tokenizer, image_processor = load_model(arguments.model, splits.class_names, run.seed)
     model.config.class_counts = splits.class_counts.tolist()
     batch_size = phase_a.batch_size if phase_a.epochs else None

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from ballad_hf.data.images import UnreadablePictureError, open_picture
+from ballad_hf.data import images
+from ballad_hf.data.images import UnreadablePictureError, check_picture, open_picture
 
 
 @pytest.fixture
@@ -110,6 +111,40 @@ def test_a_truncated_file_is_refused_by_name(photo, kind, tmp_path):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UnreadablePictureError, match=rf"half\.{kind} can't be read"):
         open_picture(path)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The pictures that were decoded."""
+    names = []
+    monkeypatch.setattr(images, "open_picture", lambda source, name=None: names.append(name) or open_picture(source))
+    return names
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_a_check_tells_a_whole_file_from_a_cut_one_without_decoding_it(photo, kind, tmp_path, decoded):
+    content = saved(photo, kind)
+    check_picture(content, "bytes")
+    (tmp_path / "whole").write_bytes(content)
+    check_picture(tmp_path / "whole", "file")
+    assert decoded == []
+    for length in (0, 1, len(content) // 2, len(content) - 40):
+        with pytest.raises(UnreadablePictureError):
+            check_picture(content[:length], f"{length} bytes")
+    with pytest.raises(UnreadablePictureError, match="there is no such file"):
+        check_picture(tmp_path / "nowhere.jpg")
+
+
+def test_a_check_refuses_nothing_that_can_be_read(photo, decoded):
+    check_picture(saved(photo, "jpeg") + b"\0" * 16, "padded")
+    check_picture(saved(photo, "bmp"), "bmp")
+    check_picture(saved(photo, "png")[:-3], "a PNG that lacks the end of its end mark")
+    assert len(decoded) == 3
+
+
+def test_a_check_refuses_a_bomb():
+    with pytest.raises(UnreadablePictureError, match="bomb.png can't be read.*pixels"):
+        check_picture(bomb(60_000, 50_000), name="bomb.png")
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,16 @@ def picture_folder(tmp_path):
     return tmp_path / "pictures"
 
 
+def test_a_picture_that_was_cut_off_is_named_before_training(picture_folder, tmp_path):
+    broken = picture_folder / "owl" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    result = launch("--dataset", str(picture_folder), "--model_name_or_path", "tiny", cwd=tmp_path)
+    assert result.returncode != 0
+    assert f"{broken} can't be read" in result.stderr
+    assert "--on_unreadable skip" in result.stderr
+    assert "Phase A" not in result.stderr
+
+
 def test_a_users_own_pictures_and_checkpoint(picture_folder, clip_folder, tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text(yaml.safe_dump({"dataset": str(picture_folder), "phase_a_batch_size": 4, "seed": 3}))

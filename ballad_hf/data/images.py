@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 178_956_970
 
 _ORIENTATION = 0x0112  # the EXIF tag
+_LAST_BYTES = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 
 class UnreadablePictureError(ValueError):
@@ -74,6 +75,37 @@ def open_picture(
     except Exception as error:
         reason = f"{error}" or type(error).__name__
     raise UnreadablePictureError(f"{name} can't be read: {reason.rstrip('.')}.")
+
+
+def check_picture(source: str | os.PathLike[str] | bytes, name: str | None = None) -> None:
+    """Look at the head and the tail of a JPEG or PNG; only where they are not as they should be is it read.
+
+    So nothing that can be read is refused, and files that were cut off, the most frequent damage, are found without
+    decoding the others. Files of other formats are read.
+
+    Args:
+        source: a path, or the bytes of a file.
+        name: how messages call it; default: the path.
+
+    Raises:
+        UnreadablePictureError: as `open_picture`.
+    """
+    try:
+        whole = _looks_whole(source)
+    # Whatever went wrong, reading the picture tells it in words.
+    except Exception:
+        whole = False
+    if not whole:
+        open_picture(source, name)
+
+
+def _looks_whole(source: str | os.PathLike[str] | bytes) -> bool:
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file, Image.open(file) as picture:
+        last = _LAST_BYTES.get(picture.format or "")
+        if last is None or not 0 < picture.width * picture.height <= MAX_PIXELS:
+            return False
+        file.seek(-len(last), os.SEEK_END)
+        return file.read() == last
 
 
 def _read(source: str | os.PathLike[str] | bytes | Image.Image, max_pixels: int, enough: int | None) -> Image.Image:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from .images import open_picture
+from .images import check_picture, open_picture
 
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ class PictureStore(Protocol):
     def open(self, row: int, enough: int | None = None) -> Image.Image:
         """The picture: upright, RGB; smaller than it is stored where both sides keep `enough` pixels."""
 
+    def check(self, row: int) -> None:
+        """Raise an `UnreadablePictureError` where a look at the file's head and tail tells that it can't be read."""
+
     def name(self, row: int) -> str:
         """What messages call it."""
 
@@ -51,6 +54,9 @@ class ArrayPictures:
 
     def open(self, row: int, enough: int | None = None) -> Image.Image:
         return Image.fromarray(self._pixels[row]).convert("RGB")
+
+    def check(self, row: int) -> None:
+        """Nothing to look at: the pixels are there."""
 
     def name(self, row: int) -> str:
         return f"{self._name}[{row}]"
@@ -87,6 +93,9 @@ class FilePictures:
 
     def open(self, row: int, enough: int | None = None) -> Image.Image:
         return open_picture(self.path(row), enough=enough)
+
+    def check(self, row: int) -> None:
+        check_picture(self.path(row))
 
     def absent(self) -> np.ndarray:
         """Rows without a file, rising: (absent,) int64. Each folder is listed once, instead of a call a picture."""
@@ -139,6 +148,11 @@ class DatasetPictures:
         stored = self._stored(row)
         source = stored["path"] if stored["bytes"] is None else stored["bytes"]
         return open_picture(source, name=self._name_of(stored, row), enough=enough)
+
+    def check(self, row: int) -> None:
+        stored = self._stored(row)
+        source = stored["path"] if stored["bytes"] is None else stored["bytes"]
+        check_picture(source, name=self._name_of(stored, row))
 
     def name(self, row: int) -> str:
         return self._name_of(self._stored(row), row)

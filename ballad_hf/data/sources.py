@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from .class_index import ClassIndex
 from .class_names import ClassNames, shown_class_names
 from .dataset_sources import is_dataset_folder, read_dataset
 from .digits import DIGITS_IMBALANCE, read_digits
 from .image_folders import read_image_folder
-from .images import UnreadablePictureError
 from .list_files import find_train_list, read_lists
 from .long_tail import Profile, make_long_tailed
 from .raw_data import RawData
 from .splits import ImageSplit, Splits
+from .unreadable import readable
 
 
 __all__ = ["ImageSplit", "Splits", "load_splits"]
-
-logger = logging.get_logger(__name__)
 
 # Names for the separate uses of a seed, so that no two choices share their random numbers.
 _VALIDATION, _TAIL, _SHORTER = range(3)
@@ -110,7 +105,7 @@ def load_splits(
     names = shown_class_names(raw.class_names, class_names)
     parts = {name: ImageSplit(part.pictures, part.labels, names) for name, part in raw.parts.items()}
     if on_unreadable == "skip":
-        parts = {name: _readable(part, unreadable) for name, part in parts.items()}
+        parts = {name: readable(part, unreadable) for name, part in parts.items()}
     train = parts["train"]
     if not len(train):
         raise ValueError(f"The training part of {raw.name} has no pictures.")
@@ -155,29 +150,6 @@ def _read(
 def _seed(seed: int, use: int) -> int:
     """A seed of its own for each use of the run's seed."""
     return int(np.random.SeedSequence([seed % 2**64, use]).generate_state(1, np.uint64)[0])
-
-
-def _readable(split: ImageSplit, unreadable: list[str]) -> ImageSplit:
-    """The pictures that can be read; reasons for the others go to the list."""
-
-    def reason(index: int) -> str | None:
-        try:
-            split.image(index)
-        except UnreadablePictureError as error:
-            return str(error)
-        return None
-
-    # Pillow decodes outside of Python's lock, so threads share the work.
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        reasons = list(
-            tqdm(threads.map(reason, range(len(split))), total=len(split), desc="Reading every picture", delay=2)
-        )
-    bad = [text for text in reasons if text is not None]
-    if not bad:
-        return split
-    logger.warning(f"{len(bad)} of {len(split)} pictures can't be read and are left out, for example: {bad[0]}")
-    unreadable += bad
-    return split.select([index for index, text in enumerate(reasons) if text is None])
 
 
 def _split_off(train: ImageSplit, fraction: float, seed: int) -> tuple[ImageSplit, ImageSplit]:

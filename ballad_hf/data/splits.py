@@ -90,6 +90,14 @@ class ImageSplit(Dataset):
         """
         return self._pictures.open(int(self._rows[index]), enough)
 
+    def check(self, index: int) -> None:
+        """Look whether the picture can be read, at less cost than reading it; see `check_picture`.
+
+        Raises:
+            UnreadablePictureError: it can't be.
+        """
+        self._pictures.check(int(self._rows[index]))
+
     def name(self, index: int) -> str:
         """What messages call the picture: its path, where it has one."""
         return self._pictures.name(int(self._rows[index]))
@@ -107,7 +115,8 @@ class ImageSplit(Dataset):
             picture = self.image(draw.index, getattr(transform, "enough", None))
         except UnreadablePictureError as error:
             raise UnreadablePictureError(
-                f"{error} Mend or remove it, or leave out what can't be read: on_unreadable='skip'."
+                f"{error} Mend or remove it, or leave out what can't be read: on_unreadable='skip' "
+                "(--on_unreadable skip). `python -m ballad_hf.data.audit DATASET` lists all such pictures."
             ) from error
         pixel_values = transform(picture, np.random.default_rng(draw.seed))
         return {"pixel_values": pixel_values, "labels": int(self.labels[draw.index]), "index": draw.index}
