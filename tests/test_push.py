@@ -84,6 +84,19 @@ def test_a_bundle_is_pushed_and_nothing_else_and_the_card_comes_last(hub, client
         assert same(card.files[name]) == same(content), name
 
 
+def test_paths_of_the_users_disk_do_not_go_up(hub, client, bundle):
+    kept = "dataset: /home/me/birds\n"
+    (bundle / "arguments.yaml").write_text(kept)
+    config = json.loads((bundle / "config.json").read_text())
+    config["clip_config"]["_name_or_path"] = "/home/me/clip"
+    (bundle / "config.json").write_text(json.dumps(config))
+    assert client(PUSH, bundle, "someone/digits").returncode == 0
+    files = hub.repositories["someone/digits"].commits[-1].files
+    assert files["arguments.yaml"] == b"dataset: birds\n"
+    assert json.loads(files["config.json"])["clip_config"]["_name_or_path"] == "clip"
+    assert (bundle / "arguments.yaml").read_text() == kept
+
+
 LOAD = """
 import json, sys
 import torch

@@ -29,6 +29,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from .layout import LAYOUT, check_bundle
+from .private_paths import config_without_private_paths, without_private_paths
 from .remote_code import code_files, config_with_code
 
 
@@ -57,7 +58,8 @@ def push_bundle(
     """Put a bundle's files, and no others of its folder, into a Hub repository; call it on the main process alone.
 
     The repository is made where it does not exist. Everything but the card goes up in one commit, then the card:
-    nobody reads of a model that is not there yet. Weights of an earlier push under other names are removed.
+    nobody reads of a model that is not there yet. Weights of an earlier push under other names are removed. Absolute
+    paths in what tells the run's arguments are cut to their last part.
 
     Args:
         folder: that `save_bundle` wrote; it is not changed.
@@ -238,20 +240,21 @@ def _hold(folder: Path) -> Path:
 
 
 def _operations(folder: Path, there: set[str], with_code: bool) -> list[CommitOperationAdd | CommitOperationDelete]:
-    files = {str(file.relative_to(folder).as_posix()): file for file in LAYOUT.files(folder)}
+    files: dict[str, Path] = {str(file.relative_to(folder).as_posix()): file for file in LAYOUT.files(folder)}
     files.pop(LAYOUT.card, None)
-    config = json.loads(files.pop(LAYOUT.config).read_text(encoding="utf-8"))
+    config = config_without_private_paths(json.loads(files.pop(LAYOUT.config).read_text(encoding="utf-8")))
     config.pop("auto_map", None)
     code = code_files()
     if with_code:
         config = config_with_code(config)
         files.update({file.name: file for file in code})
+    public = without_private_paths(folder)
     content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     stale = {name for name in there if any(Path(name).match(pattern) for pattern in LAYOUT.weight_patterns)}
     stale |= there & {file.name for file in code}
     stale = {name for name in stale if "/" not in name} - set(files)
     return [
-        *(CommitOperationAdd(name, file) for name, file in sorted(files.items())),
+        *(CommitOperationAdd(name, public.get(name, file)) for name, file in sorted(files.items())),
         CommitOperationAdd(LAYOUT.config, content),
         *(CommitOperationDelete(name) for name in sorted(stale)),
     ]
