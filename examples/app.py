@@ -14,6 +14,9 @@ from ballad_hf.inference import TASK
 
 
 SHOWN = 5
+PRIOR = (
+    "-1: rare classes first; 0: every class alike; 1: as frequent as in training. For the model's own classes only."
+)
 
 
 def main(command_line: list[str]) -> None:
@@ -24,10 +27,16 @@ def main(command_line: list[str]) -> None:
     arguments = parser.parse_args(command_line)
     try:
         classify = pipeline(TASK, model=arguments.model)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: the model {arguments.model} can't be loaded: {error}") from error
+    if not hasattr(classify.model, "stored_class_embeds"):
+        kind = type(classify.model).__name__
+        raise SystemExit(f"error: {arguments.model} holds a {kind}, which has no classes of its own: give a Ballad.")
     page = build_page(classify, arguments.model)
-    page.launch(server_port=arguments.port, share=arguments.share)
+    try:
+        page.launch(server_port=arguments.port, share=arguments.share, show_error=True)
+    except OSError as error:
+        raise SystemExit(f"error: the page can't be served at --port {arguments.port}: {error}") from error
 
 
 def build_page(classify, name: str) -> gr.Blocks:
@@ -41,10 +50,14 @@ def build_page(classify, name: str) -> gr.Blocks:
         )
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(type="pil", label="Picture", height=320)
+                # The file as it came: Gradio would cut pictures of 16 bits off at white.
+                picture = gr.Image(type="filepath", image_mode=None, label="Picture", height=320)
                 typed = gr.Textbox(
                     label="Classes of your own, one a line",
-                    placeholder="Empty: the model's own classes",
+                    info="Leave it empty for the model's own."
+                    if config.has_text_tower
+                    else "No text tower, no classes.",
+                    placeholder="a red fox\na grey wolf",
                     lines=3,
                     interactive=config.has_text_tower,
                 )
@@ -53,9 +66,9 @@ def build_page(classify, name: str) -> gr.Blocks:
                     1,
                     value=0,
                     step=0.1,
-                    label="Prior: rare classes first (-1), as likely as any (0), as in training (1)",
+                    label="Prior",
                     interactive=has_counts,
-                    info=None if has_counts else "This model keeps no training counts.",
+                    info=PRIOR if has_counts else "This model keeps no training counts.",
                 )
                 button = gr.Button("Classify", variant="primary")
             answer = gr.Label(num_top_classes=SHOWN, label="Classes")
@@ -64,8 +77,9 @@ def build_page(classify, name: str) -> gr.Blocks:
         def answer_for(picture, typed, dial):
             return top_classes(classify, picture, typed, dial)
 
-        for event in (button.click, picture.change, dial.release, typed.submit):
-            event(answer_for, given, answer)
+        # However the dial moves: by mouse, by keyboard, by its number. On the way only the last place is asked for.
+        for event in (button.click, picture.change, dial.change, typed.submit, typed.blur):
+            event(answer_for, given, answer, trigger_mode="always_last")
     return page
 
 

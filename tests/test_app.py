@@ -49,6 +49,40 @@ def test_typed_classes_are_cleaned_of_blanks_and_repeats(app, classify, picture)
     assert sum(scores.values()) == pytest.approx(1, abs=1e-5)
 
 
+def test_the_page_reads_a_file_by_the_rule_of_training(app, classify, tmp_path):
+    """Sixteen bits, scaled and not cut off at white; a file that was cut off is named."""
+    from gradio.data_classes import ImageData
+
+    page = app.build_page(classify, "outputs/digits")
+    (component,) = (block for block in page.blocks.values() if isinstance(block, app.gr.Image))
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (40, 48), dtype=np.uint16)).save(deep)
+    given = component.preprocess(ImageData(path=str(deep), orig_name="deep.png"))
+    assert app.top_classes(classify, given, "", 0) == {row["label"]: row["score"] for row in classify(str(deep))}
+    deep.write_bytes(deep.read_bytes()[:-200])
+    given = component.preprocess(ImageData(path=str(deep), orig_name="deep.png"))
+    with pytest.raises(app.gr.Error, match="deep.png can't be read"):
+        app.top_classes(classify, given, "", 0)
+
+
+def test_every_way_to_move_the_dial_or_to_leave_the_classes_asks_again(app, classify):
+    page = app.build_page(classify, "outputs/digits")
+    targets = {
+        (page.blocks[block].label or page.blocks[block].value, event)
+        for function in page.fns.values()
+        for block, event in function.targets
+    }
+    assert {("Prior", "change"), ("Classify", "click"), ("Picture", "change")} <= targets
+    assert {event for name, event in targets if name.startswith("Classes of your own")} == {"submit", "blur"}
+
+
+@pytest.mark.parametrize("content", ["no model", "a dual encoder"])
+def test_a_model_that_is_no_ballad_ends_with_one_line(app, clip_folder, tmp_path, content):
+    folder = clip_folder if content == "a dual encoder" else tmp_path
+    with pytest.raises(SystemExit, match="give a Ballad" if content == "a dual encoder" else "can't be loaded"):
+        app.main([str(folder)])
+
+
 def test_no_picture_gives_nothing_and_mistakes_reach_the_page(app, classify, picture):
     assert app.top_classes(classify, None, "", 0) == {}
     classify.model.remove_text_tower()
