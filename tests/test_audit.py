@@ -128,6 +128,12 @@ def test_the_command_passes_its_options_on(tmp_path, capsys):
     assert f"Written to {tmp_path}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("num_threads", [0, -1])
+def test_less_than_one_thread_reads_nothing(beasts, num_threads):
+    with pytest.raises(ValueError, match=f"num_threads is {num_threads}: give 1 or more"):
+        main([str(beasts), "--num_threads", str(num_threads)])
+
+
 def test_an_unknown_data_set_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         main([str(tmp_path / "nowhere")])

@@ -79,6 +79,7 @@ def test_a_missing_file_is_named():
         ("--num_workers -1", "num_workers is -1"),
         ("--max_train_samples 0", "max_train_samples is 0"),
         ("--eval_batch_size 0", "eval_batch_size is 0"),
+        ("--seed -1", "seed is -1: give a number from 0"),
         ("--report_to tensorbord", "report_to is 'tensorbord': choose one of all, .*tensorboard"),
     ],
 )

@@ -142,6 +142,8 @@ def test_bad_input_is_named(model):
         evaluate(table, adapter=torch.eye(4))
     with pytest.raises(ValueError, match=r"need \(4, 4\)"):
         evaluate(table, adapter=torch.eye(3), adapter_ratio=0.2)
+    with pytest.raises(ValueError, match="adapter_ratio is 5: choose a number from 0"):
+        evaluate(table, adapter=torch.eye(4), adapter_ratio=5)
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate(model, Pictures(0))
     with pytest.raises(ValueError, match="nothing to evaluate"):

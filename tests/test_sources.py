@@ -182,6 +182,7 @@ def test_a_quick_try_keeps_every_class():
         ({"profile": "cliff"}, "profile is 'cliff'"),
         ({"on_unreadable": "ignore"}, "on_unreadable is 'ignore'"),
         ({"max_train_samples": 0}, "max_train_samples is 0"),
+        ({"seed": -1}, "seed is -1: give 0 or more"),
         ({"class_names": ["a"]}, "has 1 names, but the data has 10 classes"),
     ],
 )

@@ -134,6 +134,9 @@ def audit_splits(splits: Splits, num_threads: int | None = None) -> DataAudit:
     Returns:
         What was found. Nothing is changed.
 
+    Raises:
+        ValueError: less than one thread.
+
     Example:
 
     >>> from ballad_hf import load_splits
@@ -144,6 +147,8 @@ def audit_splits(splits: Splits, num_threads: int | None = None) -> DataAudit:
     >>> audit.parts["train"].pictures, audit.parts["train"].imbalance_factor, len(audit.shot_groups["few"])
     (307, 54.0, 6)
     """
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads}: give 1 or more, or leave it out for one a processor.")
     looked = {name: _look(split, name, num_threads) for name, split in splits.items()}
     groups = ShotGroups.from_counts(splits.class_counts)
     return DataAudit(

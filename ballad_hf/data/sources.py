@@ -87,6 +87,8 @@ def load_splits(
         raise ValueError(f"validation_fraction is {validation_fraction}: choose a share between 0 and 1.")
     if on_unreadable not in ("raise", "skip"):
         raise ValueError(f"on_unreadable is {on_unreadable!r}: choose 'raise' or 'skip'.")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}: give 0 or more.")
     if max_train_samples is not None and max_train_samples < 1:
         raise ValueError(f"max_train_samples is {max_train_samples}: give 1 or more, or leave it out.")
     chosen = {"train": train_split, "validation": validation_split, "test": test_split}

@@ -163,6 +163,8 @@ def _predict_table(
 ) -> Predictions:
     if (adapter is None) != (ratio is None):
         raise ValueError("Give `adapter` and `adapter_ratio` together, or neither for the model before phase B.")
+    if ratio is not None and not 0 <= ratio <= 1:
+        raise ValueError(f"adapter_ratio is {ratio}: choose a number from 0 (without the adapter) to 1.")
     if adapter is not None and adapter.shape != (table.dim, table.dim):
         raise ValueError(
             f"The adapter has shape {tuple(adapter.shape)}, but the table's features need ({table.dim}, {table.dim})."

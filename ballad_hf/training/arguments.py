@@ -281,6 +281,8 @@ class RunArguments:
     hub_strategy: Literal["end", "checkpoint"] = _option("push at the end, or every checkpoint too", "end")
 
     def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: give a number from 0 to {2**32 - 1}.")
         if self.num_workers < 0:
             raise ValueError(f"num_workers is {self.num_workers}: give 0 (read in the main process) or more.")
         if self.eval_batch_size < 1:
