@@ -5,6 +5,7 @@ python examples/app.py outputs/digits
 """
 
 import argparse
+import os
 import sys
 
 import gradio as gr
@@ -94,7 +95,8 @@ def top_classes(classify, picture, typed: str, dial: float) -> dict[str, float]:
     try:
         return {row["label"]: row["score"] for row in classify(picture, top_k=SHOWN, **wanted)}
     except ValueError as error:
-        raise gr.Error(str(error)) from error
+        # Nobody knows the folder that uploads go to.
+        raise gr.Error(str(error).replace(f"{os.path.dirname(str(picture))}{os.sep}", "")) from error
 
 
 if __name__ == "__main__":
