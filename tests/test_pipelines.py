@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import SiglipConfig, SiglipModel, pipeline
+from transformers import Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel, pipeline
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.pipelines import ZeroShotImageClassificationPipeline
 
 import ballad_hf
@@ -72,6 +73,32 @@ def test_scores_are_those_of_the_stock_pipeline(kind, tiny_ballad, tiny_clip):
         for mine, theirs in zip(ours(pictures, batch_size=batch_size, **given), expected, strict=True):
             assert by_label(mine) == pytest.approx(by_label(theirs), abs=1e-5)
             assert [row["label"] for row in mine] == [row["label"] for row in theirs]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_pictures_of_siglip_2_come_as_patches_with_their_shapes(wrapped, tiny_clip):
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    text = {**tower, **ids, "vocab_size": len(tiny_clip.tokenizer), "max_position_embeddings": 64}
+    vision = {**tower, "num_patches": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    model = Siglip2Model(Siglip2Config(text_config=text, vision_config=vision)).eval()
+    tokenizer = copy.deepcopy(tiny_clip.tokenizer)
+    tokenizer.model_max_length = 64
+    feeds = {"tokenizer": tokenizer, "image_processor": Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)}
+    stock = ZeroShotImageClassificationPipeline(model=model, **feeds)
+    # An adapter at the identity changes nothing but the scores, which a Ballad makes by softmax.
+    ours = CachedZeroShotImageClassificationPipeline(
+        ballad_hf.BalladForImageClassification.from_dual_encoder(model) if wrapped else model, **feeds
+    )
+    given = {"candidate_labels": LABELS, "hypothesis_template": "a photo of {}."}
+    pictures = [picture(0), picture(1).resize((20, 70))]
+    expected = stock(pictures, **given)
+    for batch_size in (1, 2):
+        for mine, theirs in zip(ours(pictures, batch_size=batch_size, **given), expected, strict=True):
+            assert [row["label"] for row in mine] == [row["label"] for row in theirs]
+            if not wrapped:
+                assert by_label(mine) == pytest.approx(by_label(theirs), abs=1e-5)
 
 
 def test_the_default_template_is_the_stock_one_for_a_model_that_names_none(tiny_clip):

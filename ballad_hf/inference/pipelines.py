@@ -35,8 +35,8 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")  # hardly a path, which has a dot
 class CachedZeroShotImageClassificationPipeline(Pipeline):
     """The zero-shot pipeline for many pictures or many labels; its task is `cached-zero-shot-image-classification`.
 
-    Takes a Ballad or any dual encoder of transformers (CLIP, CLIPResNet, SigLIP). Text embeddings of labels are kept
-    from call to call, until the text tower's weights change. Give `batch_size` to score pictures together.
+    Takes a Ballad or any dual encoder of transformers (CLIP, CLIPResNet, SigLIP, SigLIP 2). Text embeddings of labels
+    are kept from call to call, until the text tower's weights change. Give `batch_size` to score pictures together.
 
     Call arguments:
         inputs: picture(s): paths, URLs or PIL pictures, a list, a generator or a data set of them. Files and PIL
@@ -127,11 +127,14 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
                 raise
             logger.warning(f"Skipped a picture: {error}")
             picture, readable = Image.new("RGB", (8, 8)), False
-        pixel_values = self.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixel_values.to(self.dtype), "readable": torch.tensor([readable])}
+        seen = dict(self.image_processor(images=[picture], return_tensors="pt"))
+        seen["pixel_values"] = seen["pixel_values"].to(self.dtype)
+        return {**seen, "readable": torch.tensor([readable])}
 
     def _forward(self, model_inputs, candidate_labels=None, templates=None, target_prior=None):
-        features = self.model.get_image_features(pixel_values=model_inputs["pixel_values"]).pooler_output
+        # SigLIP 2 with native shapes takes masks and shapes beside the pixels.
+        seen = {name: value for name, value in model_inputs.items() if name != "readable"}
+        features = self.model.get_image_features(**seen).pooler_output
         image_embeds = F.normalize(features.float(), dim=-1)  # (batch, dim)
         stored = candidate_labels is None and templates is None
         if stored:
