@@ -144,6 +144,25 @@ def test_the_same_seed_gives_the_same_bits_and_the_global_state_is_left_alone(sp
     assert not all(torch.equal(first[name], value) for name, value in other.items())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_checkpoints_do_not_change_what_is_trained(splits, encoder, tmp_path, optimizer):
+    """Not even the one before the first step, where torch would take a step for Adam to have a state to save."""
+    start = copy_of(encoder.clip)
+    weights = []
+    for folder in (None, tmp_path):
+        encoder.clip.load_state_dict(start)
+        model = BalladForImageClassification.from_dual_encoder(encoder.clip, NAMES, encoder.tokenizer)
+        trained(
+            model,
+            dataclasses.replace(splits, validation=None),
+            encoder,
+            arguments(epochs=1, optimizer=optimizer, checkpoint_every_steps=2),
+            output_dir=folder,
+        )
+        weights.append(copy_of(model))
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+
+
 def naive_official_steps(model, encoder, splits, batches, told):
     """The official update, written out: all prompts at 77 tokens each step, cosine cross-entropy, torch's own SGD."""
     clip = model.clip

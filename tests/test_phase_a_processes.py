@@ -29,10 +29,10 @@ def noisy(counts, seed):
     return ImageSplit(ArrayPictures(pixels, "noise"), labels, NAMES)
 
 
-def run(folder, file, options, resume="never"):
+def run(folder, file, options, resume="never", accelerator=None):
     """Train, and leave the weights and the history in `file`; for one process or one of several."""
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
+    accelerator = accelerator or Accelerator(cpu=True)
     encoder = build_tiny_clip(width=32, layers=1, projection_dim=16, patch_size=16)
     model = BalladForImageClassification.from_dual_encoder(
         encoder.clip, NAMES, encoder.tokenizer, logit_scale=options.pop("logit_scale", None)

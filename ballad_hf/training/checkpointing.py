@@ -243,8 +243,12 @@ def optimizer_to_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """An optimizer's whole state, named by the module's parameters: tensors, and the rest for JSON.
 
-    A collective call where the module is spread over processes; the main one gets the result, the others nothing.
+    A collective call where the module is spread over processes; the main one gets the result, the others nothing. So
+    does the main one of an optimizer that has no state, as before its first step.
     """
+    if not optimizer.state:
+        # torch would take a step to have a state to give, and Adam would count it ever after.
+        return {}, {}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     content: Any = get_optimizer_state_dict(module, optimizer, options=options)
     if not content:
@@ -270,7 +274,9 @@ def optimizer_from_tensors(
     tensors: Mapping[str, torch.Tensor],
     rest: Mapping[str, Any],
 ) -> None:
-    """Put the state of `optimizer_to_tensors` back; a collective call like that."""
+    """Put the state of `optimizer_to_tensors` back; a collective call like that. The optimizer must be a new one."""
+    if not rest:  # there was none
+        return
     state: dict[str, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *rest["numbers"].items()]:
         parameter, name = key.rsplit("/", 1)

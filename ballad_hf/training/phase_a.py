@@ -210,8 +210,10 @@ def _hand_over(loop: PhaseALoop, model: BalladForImageClassification) -> None:
     if setup.low_rank is not None:
         setup.low_rank.merge()
     if setup.clip is not model.clip:  # a sharded copy was trained
-        gathered = take_weights(setup.towers)
-        put_weights(model.clip, {name.removeprefix("clip."): value for name, value in gathered.items()})
+        gathered = {name.removeprefix("clip."): value for name, value in take_weights(setup.towers).items()}
+        shapes = {name: value.shape for name, value in model.clip.state_dict().items()}
+        # The logit scale is a row of one in the copy.
+        put_weights(model.clip, {name: value.reshape(shapes[name]) for name, value in gathered.items()})
     make_plain(setup.clip, loop.arguments)
 
 

@@ -103,9 +103,13 @@ def set_up_phase_a(
     """Freeze, wrap, group and shard.
 
     Raises:
-        ValueError: a batch size that the processes can't share, an epoch shorter than a batch, nothing to train.
+        ValueError: a batch size that the processes can't share, an epoch shorter than a batch, nothing to train, what
+            sharded towers can't do.
     """
-    clip = copy.deepcopy(model.clip) if accelerator.distributed_type == DistributedType.FSDP else model.clip
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP
+    if is_sharded:
+        _check_sharding(accelerator, arguments)
+    clip = copy_to_shard(model.clip) if is_sharded else model.clip
     clip.to(accelerator.device)
     low_rank = _choose_what_is_trained(clip, arguments, model.config.logit_scale)
     if arguments.activation_checkpointing:
@@ -116,6 +120,10 @@ def set_up_phase_a(
     loader = _loader(splits.train, sampler, image_processor, arguments, accelerator, seed, num_workers)
     optimizer = build_optimizer(clip, arguments)
     towers, optimizer = accelerator.prepare(TrainableTowers(clip, model.config.logit_scale), optimizer)
+    if is_sharded:
+        # By default what the root holds stays gathered after a forward pass without a backward one: the next pass
+        # would take that copy, whatever the average or a checkpoint has put into the shards meanwhile.
+        towers.set_reshard_after_forward(True, recurse=False)
 
     prompts = ClassPrompts(
         splits.class_names, model.config.templates, tokenizer, clip.config, model.config.class_descriptions
@@ -132,7 +140,7 @@ def set_up_phase_a(
     with accelerator.autocast():
         if not _takes_gradients(clip, "text"):
             frozen_embeds = encode_classes(towers, texts)
-        elif arguments.train == "projections":
+        elif arguments.train == "projections" and not is_sharded:  # only the whole forward gathers shards
             texts.keep_pooled(clip)
     gradients = StepGradients(
         towers,
@@ -159,11 +167,20 @@ def set_up_phase_a(
         average=None,
         steps_per_epoch=steps_per_epoch,
         total_steps=min(total_steps, arguments.max_steps or total_steps),
-        highest_log_scale=max(math.log(100), clip.logit_scale.item()),
+        highest_log_scale=max(math.log(100), model.clip.logit_scale.item()),
     )
     if arguments.ema_decay is not None:
         setup.average = WeightAverage(setup.trained, arguments.ema_decay)
     return setup
+
+
+def copy_to_shard(clip: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the dual encoder that FSDP can shard: single numbers become rows of one, with nothing else to cut."""
+    clip = copy.deepcopy(clip)
+    for name, parameter in list(clip.named_parameters(recurse=False)):
+        if parameter.ndim == 0:
+            setattr(clip, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
+    return clip
 
 
 def build_objective(arguments: PhaseAArguments, class_counts: np.ndarray, logit_scale: float) -> Objective:
@@ -237,6 +254,18 @@ def make_plain(clip: PreTrainedModel, arguments: PhaseAArguments) -> None:
             tower._compiled_call_impl = None
     clip.requires_grad_(True)
     clip.eval()
+
+
+def _check_sharding(accelerator: Accelerator, arguments: PhaseAArguments) -> None:
+    if not accelerator.is_fsdp2:
+        raise ValueError("FSDP of version 1 can't share the towers: set fsdp_version: 2 in the accelerate config.")
+    if arguments.lora_rank:
+        raise ValueError(
+            f"lora_rank is {arguments.lora_rank}, but updates of sharded weights can't be merged: use lora_rank=0, "
+            "or several devices without FSDP, where low-rank updates need little memory."
+        )
+    if arguments.torch_compile:
+        raise ValueError("torch_compile is not known to work on sharded towers: leave it out, or FSDP.")
 
 
 def _choose_what_is_trained(

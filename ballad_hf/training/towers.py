@@ -63,7 +63,7 @@ class TrainableTowers(nn.Module):
     def _logit_scale(self) -> torch.Tensor:
         if self.fixed_logit_scale is not None:
             return torch.tensor(float(self.fixed_logit_scale), device=self.clip.device)
-        return self.clip.logit_scale.float().exp()
+        return self.clip.logit_scale.float().reshape(()).exp()  # (1,) in some families, and where it is sharded
 
 
 def class_embeddings(text_features: torch.Tensor, prompt_counts: torch.Tensor) -> torch.Tensor:
