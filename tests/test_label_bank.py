@@ -69,6 +69,46 @@ def test_stale_embeddings_are_refused_also_after_loading(change, tiny_ballad, tm
         BalladForImageClassification.from_pretrained(tmp_path)(pixel_values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_that_was_rounded_and_cast_back_keeps_its_bank_and_a_training_step_is_still_noticed(
+    dtype, tiny_ballad, tmp_path
+):
+    pixel_values = torch.zeros(1, 3, 32, 32)
+    tiny_ballad.save_pretrained(tmp_path)
+    rounded = BalladForImageClassification.from_pretrained(tmp_path, dtype=dtype)
+    rounded.stored_class_embeds()
+    rounded.float()
+    assert rounded(pixel_values).logits.shape == (1, 5)
+    rounded.save_pretrained(tmp_path / "rounded")
+    again = BalladForImageClassification.from_pretrained(tmp_path / "rounded")
+    again.stored_class_embeds()
+    optimizer = torch.optim.SGD(again.clip.text_model.parameters(), lr=1e-4)
+    again.clip.text_model.encoder.layers[0].mlp.fc1.weight.sum().backward()
+    optimizer.step()  # far below the precision of the rounded values
+    with pytest.raises(ValueError, match="text tower has changed"):
+        again(pixel_values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_bank_that_was_made_in_half_precision_holds_in_float32_until_a_weight_changes(dtype, tiny_ballad, tiny_clip):
+    tiny_ballad.to(dtype).set_class_names(["cat", "owl"], tiny_clip.tokenizer)
+    tiny_ballad.float().stored_class_embeds()
+    with torch.no_grad():
+        tiny_ballad.clip.text_model.final_layer_norm.weight[0] += 1e-5
+    with pytest.raises(ValueError, match="text tower has changed"):
+        tiny_ballad.stored_class_embeds()
+
+
+def test_a_fingerprint_without_the_rounded_digests_is_understood(tiny_ballad):
+    fingerprint = tiny_ballad.config.label_bank_fingerprint
+    tiny_ballad.config.label_bank_fingerprint = ":".join(fingerprint.split(":")[:3])
+    tiny_ballad.stored_class_embeds()
+    with torch.no_grad():
+        tiny_ballad.clip.text_projection.weight[0, 0] += 1e-5
+    with pytest.raises(ValueError, match="text tower has changed"):
+        tiny_ballad.stored_class_embeds()
+
+
 def test_the_bank_is_kept_bit_for_bit_by_the_checkpoint(tiny_ballad, tmp_path):
     tiny_ballad.set_target_prior([1, 2, 3, 4, 5])
     tiny_ballad.save_pretrained(tmp_path)

@@ -108,22 +108,50 @@ def text_parameters(clip: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def text_weights_fingerprint(clip: nn.Module) -> str:
-    """Fingerprint of the text tower's weights, as `dtype:digest`: evenly spaced values of every tensor.
+    """Fingerprint of the text tower's weights, as `dtype:digest` thrice: as they are, and rounded to half precision.
 
-    It is the same on every device and after saving and loading. In another dtype the weights are rounded, and the
-    two fingerprints can't be compared; the dtype in front tells so.
+    A digest is one of evenly spaced values of every tensor. It is the same on every device, after saving and loading,
+    and in every dtype that holds the values exactly.
     """
-    parameters = text_parameters(clip)
-    if not parameters:
+    values = _sampled_text_weights(clip)
+    if not values:
         return "none:"
+    made_in = str(values[0].dtype).removeprefix("torch.")
+    rounded = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    pairs = {made_in: _digest(values)}
+    for name, dtype in rounded.items():
+        pairs.setdefault(name, _digest([value.to(dtype) for value in values]))
+    return ":".join(f"{name}:{digest}" for name, digest in pairs.items())
+
+
+@torch.no_grad()
+def text_weights_fit(clip: nn.Module, fingerprint: str) -> bool:
+    """Whether the text tower's weights are those of the fingerprint, or those rounded to half precision.
+
+    Rounded weights may be cast back to float32: they are then exactly the rounded values, which the smallest step of
+    a training moves. In half precision they can't be compared with what was made in another dtype, as they may have
+    been rounded twice; the answer is yes.
+    """
+    made_in, *digests = fingerprint.split(":")
+    values = _sampled_text_weights(clip)
+    if (_digest(values) if values else "") in digests[::2]:
+        return True
+    dtype = str(values[0].dtype).removeprefix("torch.") if values else "none"
+    return dtype not in (made_in, "float32", "float64")
+
+
+def _sampled_text_weights(clip: nn.Module) -> list[torch.Tensor]:
     values = []
-    for parameter in parameters:
+    for parameter in text_parameters(clip):
         flat = parameter.detach().reshape(-1)
         # An odd step visits every column of a matrix whose width is a power of two.
-        values.append(flat[:: max(1, flat.numel() // _VALUES_OF_A_TENSOR) | 1].double())
-    content = torch.cat(values).cpu().numpy().tobytes()
-    dtype = str(parameters[0].dtype).removeprefix("torch.")
-    return f"{dtype}:{hashlib.sha256(content).hexdigest()[:32]}"
+        values.append(flat[:: max(1, flat.numel() // _VALUES_OF_A_TENSOR) | 1])
+    return values
+
+
+def _digest(values: list[torch.Tensor]) -> str:
+    content = torch.cat([value.double() for value in values]).cpu().numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def text_weights_state(clip: nn.Module) -> tuple:

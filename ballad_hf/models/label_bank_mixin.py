@@ -16,6 +16,7 @@ from .label_bank import (
     encode_class_prompts,
     names_fingerprint,
     text_weights_fingerprint,
+    text_weights_fit,
     text_weights_state,
 )
 from .prior import Prior, prior_shift
@@ -27,9 +28,9 @@ logger = logging.get_logger(__name__)
 class LabelBankMixin:
     """Class embeddings as a persistent buffer `class_embeds`, with what they were made from in the config.
 
-    `config.label_bank_fingerprint` is `names:dtype:weights`: a digest of the class names and prompts, and one of the
-    text weights. Both are compared before the embeddings are used; the result is remembered until a name, a template
-    or a text weight changes.
+    `config.label_bank_fingerprint` is `names:weights`: a digest of the class names and prompts, and the fingerprint of
+    the text weights. Both are compared before the embeddings are used; the result is remembered until a name, a
+    template or a text weight changes.
     """
 
     config: BalladConfig
@@ -212,9 +213,7 @@ class LabelBankMixin:
             )
         if not config.has_text_tower:
             return
-        now = text_weights_fingerprint(self.clip)
-        # Weights that were rounded to another dtype can't be compared; they are still the same tower.
-        if text.partition(":")[0] == now.partition(":")[0] and text != now:
+        if not text_weights_fit(self.clip, text):
             raise ValueError(
                 "The text tower has changed since the stored class embeddings were made (it was trained, merged or "
                 "loaded anew): call model.set_class_names(model.config.class_names, tokenizer) to make them again."
