@@ -312,6 +312,34 @@ def test_activation_checkpointing_changes_nothing_but_the_memory(splits, encoder
         assert torch.allclose(found[1][name], value, atol=1e-6), name
 
 
+def test_compiled_towers_train_alike_and_are_plain_afterwards(splits, encoder, monkeypatch):
+    """The graphs are captured, and run as they are instead of being translated for the device."""
+    graphs = []
+
+    def as_it_is(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **told: compiler(function, backend=as_it_is, **told))
+    start = copy_of(encoder.clip)
+    weights = []
+    for torch_compile in (False, True):
+        encoder.clip.load_state_dict(start)
+        model = BalladForImageClassification.from_dual_encoder(encoder.clip, NAMES, encoder.tokenizer)
+        told = arguments(epochs=1, optimizer="sgd", max_steps=1, torch_compile=torch_compile)
+        trained(model, dataclasses.replace(splits, validation=None), encoder, told)
+        assert bool(graphs) == torch_compile
+        weights.append(copy_of(model))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-6, msg=name)
+    graphs.clear()
+    torch.compiler.reset()  # a tower that is still compiled would be captured again
+    encoder.clip.get_text_features(**encoder.tokenizer("red", return_tensors="pt"))
+    encoder.clip.get_image_features(pixel_values=torch.zeros(1, 3, 32, 32))
+    assert not graphs
+
+
 def test_autocast_trains_float32_weights(model, splits, encoder):
     result = trained(
         model, splits, encoder, arguments(epochs=10), accelerator=Accelerator(mixed_precision="bf16", cpu=True)

@@ -53,7 +53,8 @@ class PhaseAResult:
         validation: the same of the weights that the model now has.
         interpolation: share of the trained weights against those before, where the tail guard interpolated.
         steps: steps taken, those before a resume included.
-        seconds: wall time of this call.
+        seconds: wall time of this call alone: what a run took before it was resumed is not in it, and one that was
+            finished before takes the time of reading it back.
         resumed_from: the step that this call went on from; `None` from the start.
     """
 
