@@ -1,5 +1,7 @@
 """`load_splits` from every kind of source, and what it does to the parts."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -103,6 +105,25 @@ def test_pictures_deep_in_class_folders_and_other_files(pictures, caplog):
     assert splits.class_names == ["owl", "red fox", "zebra"]
     assert len(splits.train) + len(splits.validation) == 20
     assert "without a picture, which make no classes: empty." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"image_column": "x", "image_root": "y"},
+            "Without effect on a folder of pictures, .*: image_column, image_root",
+        ),
+        ({}, "^$"),
+    ],
+)
+def test_options_of_another_kind_of_source_are_told(pictures, caplog, options, said):
+    logging.enable_propagation()
+    try:
+        load_splits(pictures, **options)
+    finally:
+        logging.disable_propagation()
+    assert re.search(said, caplog.text)
 
 
 def test_links_are_followed_but_not_in_circles(pictures):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from transformers.utils import logging
 
 from .class_index import ClassIndex
 from .class_names import ClassNames, shown_class_names
@@ -21,6 +22,8 @@ from .unreadable import readable
 
 
 __all__ = ["ImageSplit", "Splits", "load_splits"]
+
+logger = logging.get_logger(__name__)
 
 # Names for the separate uses of a seed, so that no two choices share their random numbers.
 _VALIDATION, _TAIL, _SHORTER = range(3)
@@ -134,19 +137,32 @@ def _read(
     """The data from whatever kind of source the name stands for, and what was missing."""
     path = Path(dataset)
     if dataset == "digits" and not path.exists():
+        _warn_of_unused("the built-in digits", {**columns, **version, "image_root": lists["image_root"]})
         return read_digits(seed), []
     if path.is_file() and path.suffix.lower() != ".parquet":
         if path.suffix.lower() not in (".txt", ".json"):
             raise ValueError(
                 f"dataset is the file {dataset}: give a list (.txt or .json), a parquet file, or a folder of pictures."
             )
+        _warn_of_unused("list files", {**columns, **version})
         return read_lists(path, chosen, **lists)
     if path.is_dir() and not is_dataset_folder(path):
         train_list = find_train_list(path)
-        return read_lists(train_list, chosen, **lists) if train_list else (read_image_folder(path, chosen), [])
+        if train_list:
+            _warn_of_unused("list files", {**columns, **version})
+            return read_lists(train_list, chosen, **lists)
+        _warn_of_unused("a folder of pictures", {**columns, **version, "image_root": lists["image_root"]})
+        return read_image_folder(path, chosen), []
     if not path.exists() and (path.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") > 1):
         raise FileNotFoundError(f"dataset is {dataset}: there is no such file or folder.")
+    _warn_of_unused("a data set of columns", {"image_root": lists["image_root"]})
     return read_dataset(dataset, chosen, **columns, **version), []
+
+
+def _warn_of_unused(kind: str, options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        logger.warning(f"Without effect on {kind}, so look whether it is what you meant: {', '.join(given)}.")
 
 
 def _seed(seed: int, use: int) -> int:
