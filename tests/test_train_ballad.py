@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from PIL import Image
 from transformers import pipeline
 
+from ballad_hf.hub.layout import LAYOUT
 from tests.hub_server import GOOD_TOKEN, HubServer
 
 
@@ -55,6 +57,19 @@ def test_the_run_says_beside_the_result_what_it_was_told(digits_run):
     assert "torch" in json.dumps(record)
     metrics = json.loads((folder / "run" / "metrics.json").read_text())
     assert 0 <= metrics["phase B"]["overall"] <= 1
+
+
+def test_every_file_that_the_docs_promise_is_there_and_part_of_the_bundle(digits_run):
+    folder, _ = digits_run
+    table = (ROOT / "docs" / "hub.md").read_text(encoding="utf-8").partition("## Pushing")[0]
+    promised = [
+        name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall("`(.*?)`", row)
+    ]
+    assert len(promised) > 10
+    shared = LAYOUT.files(folder / "run")
+    for name in promised:
+        place = folder / "run" / name
+        assert place in shared or (name.endswith("/") and any(place in file.parents for file in shared)), name
 
 
 def test_both_stock_pipelines_load_the_folder_without_a_warning(digits_run, caplog, recwarn):
