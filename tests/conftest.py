@@ -1,8 +1,11 @@
 """Tiny models, built once a session and handed out as copies."""
 
 import copy
+import importlib.util
 import os
 import sys
+from pathlib import Path
+from types import ModuleType
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +19,14 @@ from ballad_hf.models.tiny_clip import DualEncoder, build_tiny_clip
 
 
 CLASS_NAMES = ["cat", "dog", "owl", "red fox", "zebra"]
+
+
+def example_module(name: str) -> ModuleType:
+    """`examples/<name>.py`, imported; the examples are no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,12 @@
 """The page's own function, and that the page can be built and asked through its API."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from ballad_hf.inference import CachedZeroShotImageClassificationPipeline
+
+from .conftest import example_module
 
 
 pytest.importorskip("gradio")
@@ -15,11 +14,7 @@ pytest.importorskip("gradio")
 
 @pytest.fixture(scope="module")
 def app():
-    file = Path(__file__).parents[1] / "examples" / "app.py"
-    spec = importlib.util.spec_from_file_location("app", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example_module("app")
 
 
 @pytest.fixture

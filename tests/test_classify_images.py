@@ -1,7 +1,6 @@
 """The example that classifies folders, as its users run it."""
 
 import csv
-import importlib.util
 import json
 import logging
 import re
@@ -14,16 +13,12 @@ from PIL import Image
 
 from ballad_hf import save_bundle
 
-
-_SCRIPT = Path(__file__).parents[1] / "examples" / "classify_images.py"
+from .conftest import example_module
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("classify_images", _SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example_module("classify_images")
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,7 @@
 """The evaluation script: any bundle on any data, as a user runs it."""
 
-import importlib.util
 import json
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 
@@ -13,16 +11,12 @@ from ballad_hf.evaluation.relabel import relabel
 from ballad_hf.evaluation.results import read_results
 from ballad_hf.models.tiny_clip import build_tiny_clip
 
-
-SCRIPT = Path(__file__).parent.parent / "examples" / "evaluate_ballad.py"
+from .conftest import example_module
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("evaluate_ballad", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example_module("evaluate_ballad")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from .mistakes import worst_confusions
 from .per_class import class_rows
 from .plot_style import names_of
 from .predictions import Predictions
-from .table import ABSENT, COLUMNS, percent, percent_gain
+from .table import ABSENT, COLUMNS, FURTHER, percent, percent_gain
 
 
 # What each plot is, under its file's name; plots of other names are shown after these under their own.
@@ -35,16 +35,6 @@ CAPTIONS = {
     ),
     "confusions": "Rows are what the pictures show, columns what the model said, in percent of the row's pictures.",
     "mistakes": "The wrong answers that the model was surest of: look here for wrong labels, too.",
-}
-_FURTHER = {
-    "top_5": "Top-5 accuracy",
-    "macro_f1": "Macro F1",
-    "harmonic_mean": "Harmonic mean of class accuracies",
-    "geometric_mean": "Geometric mean of class accuracies",
-    "expected_calibration_error": "Expected calibration error",
-    "many_calibration_error": "Calibration error, many-shot",
-    "medium_calibration_error": "Calibration error, medium-shot",
-    "few_calibration_error": "Calibration error, few-shot",
 }
 _MOST_CONFUSIONS = 15
 # A bootstrap looks at every picture in every draw: this many looks take some seconds.
@@ -158,7 +148,7 @@ def _further(metrics: LongTailMetrics, said: Predictions | None) -> list[tuple[s
         intervals |= bootstrap_intervals(said, resamples=resamples)
     rows = [
         (title, percent(value), _span(intervals.get(field)))
-        for field, title in _FURTHER.items()
+        for field, title in FURTHER.items()
         if (value := getattr(metrics, field)) is not None
     ]
     likelihood = intervals.get("negative_log_likelihood")

@@ -15,6 +15,17 @@ COLUMNS = {
     "few": "few",
     "worst_class": "worst class",
 }
+# What a report tells beyond the columns, field and title.
+FURTHER = {
+    "top_5": "Top-5 accuracy",
+    "macro_f1": "Macro F1",
+    "harmonic_mean": "Harmonic mean of class accuracies",
+    "geometric_mean": "Geometric mean of class accuracies",
+    "expected_calibration_error": "Expected calibration error",
+    "many_calibration_error": "Calibration error, many-shot classes",
+    "medium_calibration_error": "Calibration error, medium-shot classes",
+    "few_calibration_error": "Calibration error, few-shot classes",
+}
 ABSENT = "–"
 
 

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 
 from ..evaluation.intervals import confidence_intervals
 from ..evaluation.metrics import GROUPS, LongTailMetrics
-from ..evaluation.table import ABSENT, COLUMNS, percent
+from ..evaluation.table import ABSENT, COLUMNS, FURTHER, percent
 from ..models.modeling_ballad import BalladForImageClassification
 from ..training.run_folder import installed_versions
 from .layout import LAYOUT
@@ -29,16 +29,6 @@ HEADLINES = {
     "medium": "Medium-shot accuracy",
     "few": "Few-shot accuracy",
     "worst_class": "Worst-class accuracy",
-}
-_FURTHER = {
-    "top_5": "Top-5 accuracy",
-    "macro_f1": "Macro F1",
-    "harmonic_mean": "Harmonic mean of class accuracies",
-    "geometric_mean": "Geometric mean of class accuracies",
-    "expected_calibration_error": "Expected calibration error",
-    "many_calibration_error": "Calibration error, many-shot classes",
-    "medium_calibration_error": "Calibration error, medium-shot classes",
-    "few_calibration_error": "Calibration error, few-shot classes",
 }
 # Where a run lives and how it talks says nothing about the weights, and may say too much about its owner.
 _PRIVATE = re.compile(r"output_dir|resume|cache_dir|image_root|num_workers|report_to|push_to_hub|^hub_|class_names$")
@@ -256,7 +246,7 @@ def _intervals_table(metrics: LongTailMetrics) -> str:
 
 
 def _further_rows(metrics: LongTailMetrics) -> list[list[str]]:
-    rows = [[title, percent(getattr(metrics, field))] for field, title in _FURTHER.items()]
+    rows = [[title, percent(getattr(metrics, field))] for field, title in FURTHER.items()]
     shown = [row for row in rows if row[1] != ABSENT]
     return [*shown, ["Negative log-likelihood (nats)", f"{metrics.negative_log_likelihood:.3f}"]]
 
