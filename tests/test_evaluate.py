@@ -152,6 +152,8 @@ def test_bad_input_is_named(model):
         evaluate(model, Pictures(2), adapter_ratio=0.1)
     with pytest.raises(ValueError, match="batch_size is 0"):
         evaluate(model, Pictures(2), batch_size=0)
+    with pytest.raises(ValueError, match="num_workers is -1"):
+        evaluate(model, Pictures(2), num_workers=-1)
     with torch.no_grad():
         model.adapter.linear.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"NaN or infinity for pictures \[0, 1\] of the split"):

@@ -242,3 +242,6 @@ def test_the_command_moves_the_ratio_alone_over_five_crops(saved, tmp_path):
 def test_the_command_checks_its_bounds(saved):
     with pytest.raises(ValueError, match=r"least_many is 70.0: give an accuracy as a fraction"):
         main([str(saved), "--least_many", "70"])
+    for option, value, says in (("most_points", "0", "is 0: give 1"), ("num_workers", "-1", "-1: give 1 and 0")):
+        with pytest.raises(ValueError, match=f"{option} {says}"):
+            main([str(saved), f"--{option}", value])

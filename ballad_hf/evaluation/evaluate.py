@@ -135,6 +135,8 @@ def predict(
         raise ValueError("There is nothing to evaluate: give a split with at least one picture.")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: give 1 picture or more.")
+    if num_workers < 0:
+        raise ValueError(f"num_workers is {num_workers}: give 0 (read in this process) or more.")
     if not unknown:
         _check_class_order(split, model.config.class_names)
     if transform is None and image_processor is not None:

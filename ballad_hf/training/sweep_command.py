@@ -71,6 +71,12 @@ class SweepArguments:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}: give an accuracy as a fraction from 0 to 1.")
+        if self.most_points is not None and self.most_points < 1:
+            raise ValueError(f"most_points is {self.most_points}: give 1 or more, or leave it out for the whole grid.")
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ValueError(
+                f"batch_size is {self.batch_size} and num_workers {self.num_workers}: give 1 and 0, or more."
+            )
         if not self.output_dir:
             self.output_dir = str(Path("outputs", "sweep", Path(self.model).name))
 
