@@ -77,13 +77,20 @@ class PhaseALoop:
         """All steps that are left, and the validations between them."""
         total = self.setup.total_steps
         bar = tqdm(total=total, initial=self.state.step, desc="Phase A", unit="step", disable=not self.progress)
-        with bar:
-            while True:
-                if self._validation_is_due():
-                    self._end_period(bar)
-                if self.state.stopped or self.state.step == total:
-                    return
-                self._train_epoch(bar)
+        try:
+            with bar:
+                while not self._is_over(bar):
+                    self._train_epoch(bar)
+        except TrainingInterrupted as interrupted:
+            if self.accelerator.is_main_process:
+                logger.warning(interrupted.message)  # Python itself is silent when a program ends with a status
+            raise
+
+    def _is_over(self, bar: tqdm) -> bool:
+        """Whether no step is left, after the validation that is due."""
+        if self._validation_is_due():
+            self._end_period(bar)
+        return self.state.stopped or self.state.step == self.setup.total_steps
 
     def validate(self) -> dict[str, float | None]:
         """Figures of the weights, or of their average where one is kept."""
@@ -138,10 +145,7 @@ class PhaseALoop:
             self._take_in(self.status.read())  # the step after, which is over too
             self._save()
         if report.signalled:
-            interrupted = self._interrupted()
-            if self.accelerator.is_main_process:
-                logger.warning(interrupted.message)  # Python itself is silent when a program ends with a status
-            raise interrupted
+            raise self._interrupted()
 
     def _validation_is_due(self) -> bool:
         step = self.state.step
