@@ -225,6 +225,7 @@ class Tower:
                     cache_dir=folder / "features",
                     class_counts=self.splits.class_counts,
                     accelerator=accelerator,
+                    progress=options.progress,
                     **reading,
                 )
             return {"rows": {part: table.rows for part, table in tables.items()}}
@@ -333,7 +334,7 @@ def parse_options(command_line: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--head_seeds", nargs="+", type=int, default=[0, 1, 2], help="of the heads and phase B")
     parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that read pictures")
-    parser.add_argument("--no_progress", dest="progress", action="store_false", help="no bars in phase A")
+    parser.add_argument("--no_progress", dest="progress", action="store_false", help="no bars")
     for name in ("image_size", "width", "epochs", "batch_size"):
         parser.add_argument(f"--{name}", type=int, help=f"{name} instead of the budget's")
     options = parser.parse_args(command_line)

@@ -161,6 +161,7 @@ def test_nothing_stale_is_served(model, tiny_clip, few, tmp_path):
 
 
 def test_a_changed_file_is_not_served_stale(model, tiny_clip, tmp_path):
+    model.set_class_names(sorted(model.config.class_names), tiny_clip.tokenizer)  # the order of folders
     pictures = tmp_path / "pictures"
     generator = np.random.default_rng(0)
     for name in model.config.class_names:
@@ -316,9 +317,28 @@ def test_bad_requests_are_refused(model, tiny_clip, few, tmp_path):
         extract_features(model, few, transform=five_crop_transform(processor), views=2)
     with pytest.raises(ValueError, match="can't be told from another"):
         extract_features(model, few, transform=lambda picture, rng: torch.zeros(3, 32, 32), cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="num_workers is -1"):
+        extract_features(model, few, image_processor=processor, num_workers=-1)
     model.config.label_bank_fingerprint = None
     with pytest.raises(ValueError, match="no class embeddings yet"):
         extract_features(model, few, image_processor=processor)
+
+
+def test_classes_in_another_order_are_refused(model, tiny_clip, few):
+    few.class_names = few.class_names[::-1]
+    with pytest.raises(ValueError, match="numbers 10 classes otherwise than the model, such as 'nine'"):
+        extract_features(model, few, image_processor=tiny_clip.image_processor)
+
+
+def test_modes_and_the_global_random_state_are_left_alone(model, tiny_clip, few):
+    model.train()
+    model.clip.text_model.eval()
+    before = torch.get_rng_state()
+    extract_features(model, few, image_processor=tiny_clip.image_processor, num_workers=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert model.clip.vision_model.training
+    assert not any(module.training for module in model.clip.text_model.modules())
 
 
 def test_small_towers_get_crops_that_still_show_the_picture(tiny_clip):

@@ -185,3 +185,22 @@ class Splits:
         """The parts that exist: (name, part)."""
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         return [(name, part) for name, part in parts.items() if part is not None]
+
+
+def check_class_order(split: Any, class_names: Sequence[str]) -> None:
+    """Refuse a split that gives a class of the model another number: every figure would be wrong, in silence.
+
+    Args:
+        split: anything; what has no `class_names` is not looked at.
+        class_names: of the model, in label order.
+
+    Raises:
+        ValueError: names such a class.
+    """
+    place = {name: index for index, name in enumerate(class_names)}
+    moved = [name for index, name in enumerate(getattr(split, "class_names", ())) if place.get(name, index) != index]
+    if moved:
+        raise ValueError(
+            f"The split numbers {len(moved)} classes otherwise than the model, such as {moved[0]!r}: match them by "
+            "name with relabel(split, model.config.class_names) of ballad_hf.evaluation.relabel."
+        )

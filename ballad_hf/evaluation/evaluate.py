@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from ..data.splits import check_class_order
 from ..features.scoring import adapted_logits
 from ..features.table import FeatureTable
 from ..models.label_bank import evaluation_mode
@@ -138,7 +139,7 @@ def predict(
     if num_workers < 0:
         raise ValueError(f"num_workers is {num_workers}: give 0 (read in this process) or more.")
     if not unknown:
-        _check_class_order(split, model.config.class_names)
+        check_class_order(split, model.config.class_names)
     if transform is None and image_processor is not None:
         from ..data.transforms import evaluation_transform
 
@@ -147,17 +148,6 @@ def predict(
         split = split.with_transform(transform)
     mine = list(_predict_share(model, split, batch_size, num_workers, logit_shift, accelerator, unknown, progress))
     return _gathered(mine, len(split), split.fingerprint(), accelerator)
-
-
-def _check_class_order(split, class_names: list[str]) -> None:
-    """Refuse a split that gives a class of the model another number: every figure would be wrong, in silence."""
-    place = {name: index for index, name in enumerate(class_names)}
-    moved = [name for index, name in enumerate(getattr(split, "class_names", ())) if place.get(name, index) != index]
-    if moved:
-        raise ValueError(
-            f"The split numbers {len(moved)} classes otherwise than the model, such as {moved[0]!r}: match them by "
-            "name with relabel(split, model.config.class_names) of ballad_hf.evaluation.relabel."
-        )
 
 
 def _predict_table(

@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data.keyed_random import mix
+from ..data.splits import check_class_order
+from ..models.label_bank import evaluation_mode
 from . import shards as disk
 from .cache import FeatureCache
 from .fingerprints import digest_of, encoder_fingerprint, preprocessing_fingerprint
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # Raised whenever the same inputs would give other features than before.
-_EXTRACTION_VERSION = 1
+_EXTRACTION_VERSION = 2
 
 
 def extract_features(
@@ -77,7 +79,8 @@ def extract_features(
         A table; memory-mapped where it is cached.
 
     Raises:
-        ValueError: no class embeddings in the model, labels outside its classes, features that are not finite.
+        ValueError: no class embeddings in the model, labels outside its classes, classes in another order than the
+            model's, features that are not finite.
 
     Example:
 
@@ -93,7 +96,10 @@ def extract_features(
         raise ValueError(f"views is {views}: give 1 (the plain picture) or more.")
     if len(split) == 0:
         raise ValueError("The split holds no pictures, so there are no features to extract.")
+    if num_workers < 0:
+        raise ValueError(f"num_workers is {num_workers}: give 0 (read in this process) or more.")
     model.stored_class_embeds()
+    check_class_order(split, model.config.class_names)
     split = _prepared(split, image_processor, transform, views)
     plan = disk.ShardPlan.of(len(split), views, model.config.projection_dim, dtype)
     work = _Work(model, split, plan, seed, batch_size, num_workers, accelerator, progress)
@@ -223,16 +229,17 @@ class _Work:
     def _computed(self, shards: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """The given shards, one after the other: (shard, features (rows, views, dim))."""
         draws = _Draws(self.split, self.plan, shards, self.seed, self.all_views_at_once)
-        loader = DataLoader(draws, batch_size=self.batch_size, num_workers=self.num_workers)
-        was_training = self.model.training
-        self.model.to(self.device).eval()
+        # A generator of its own for worker seeds: an extraction leaves the global random state alone.
+        own = torch.Generator().manual_seed(0)
+        loader = DataLoader(draws, batch_size=self.batch_size, num_workers=self.num_workers, generator=own)
+        self.model.to(self.device)
         autocast = nullcontext if self.accelerator is None else self.accelerator.autocast
         pending: list[torch.Tensor] = []
         waiting = 0
         quiet = not (self.progress and self.is_main)
         bar = tqdm(total=len(loader), desc="Image features", unit="batch", delay=2, disable=quiet)
         batches = iter(loader)
-        try:
+        with bar, evaluation_mode(self.model):
             for shard in shards:
                 needed = len(self.plan.span(shard)) * self.plan.views
                 while waiting < needed:
@@ -245,9 +252,6 @@ class _Work:
                 together = torch.cat(pending)
                 pending, waiting = [together[needed:]], waiting - needed
                 yield shard, together[:needed].reshape(-1, self.plan.views, self.plan.dim)
-        finally:
-            bar.close()
-            self.model.train(was_training)
 
     def _features_of(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         pixels = batch["pixel_values"].to(self.device, non_blocking=True)
