@@ -99,6 +99,20 @@ def test_only_the_stem_and_the_last_three_stages_halve_the_map(resnet, pixels):
     assert resnet.vision_model(pixels, return_dict=False)[1].shape == (3, 256)
 
 
+def test_maps_have_their_channels_last_and_stay_what_they_were(resnet, pixels):
+    """Activations are written in place, so a map that is handed out must not be one of those."""
+    seen: list[bool] = []
+    resnet.vision_model.stem.register_forward_pre_hook(
+        lambda stem, given: seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    maps = resnet.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states
+    assert seen == [True]
+    hidden = maps[0]
+    for stage, expected_map in zip(resnet.vision_model.stages, maps[1:], strict=True):
+        hidden = stage(hidden)
+        torch.testing.assert_close(hidden, expected_map)
+
+
 def test_it_has_the_interface_of_clip_model(resnet):
     assert isinstance(resnet, CLIPModel)
     original = expected("resnet")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from ballad_hf.data.picture_stores import ArrayPictures
 from ballad_hf.data.splits import ImageSplit, Splits
 from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
 from ballad_hf.models.tiny_clip import build_tiny_clip
+from ballad_hf.training import phase_a_loop
 from ballad_hf.training.arguments import PhaseAArguments
+from ballad_hf.training.checkpointing import TrainingInterrupted
 from ballad_hf.training.optimization import tower_of
 from ballad_hf.training.phase_a_setup import set_up_phase_a
 from ballad_hf.training.phase_a_state import PhaseAResult
@@ -449,3 +452,23 @@ def test_each_validation_is_a_line_in_the_log(model, splits, encoder, caplog):
         f"Phase A, epoch {epoch} of 2: loss {loss:.3f}, mean_class {accuracy:.3f}."
         for epoch, (loss, accuracy) in enumerate(figures, start=1)
     ]
+
+
+def test_a_stopped_run_speaks_after_its_bar_is_closed(model, splits, encoder, monkeypatch):
+    said: list[str] = []
+
+    class Bar(phase_a_loop.tqdm):
+        def update(self, steps=1):
+            signal.raise_signal(signal.SIGTERM)
+
+        def close(self):
+            said.append("the bar is closed")
+            super().close()
+
+    monkeypatch.setattr(phase_a_loop, "tqdm", Bar)
+    monkeypatch.setattr(phase_a_loop.logger, "warning", said.append)
+    with pytest.raises(TrainingInterrupted):
+        trained(model, splits, encoder, arguments())
+    first, second = said[:2]
+    assert first == "the bar is closed"
+    assert second.startswith("Phase A was stopped by SIGTERM")
