@@ -1,0 +1,220 @@
+"""One way to write files and one way to read files that may be damaged.
+
+Whatever stops the process, a path holds the old content or the new one, never a half. What is read from disk is not
+trusted: a file is a regular file, within a size limit, valid UTF-8, and of the expected JSON or YAML type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+# Hidden, and named after the target: a killed process leaves it, and the next writer of the same target removes it.
+_STAGING_SUFFIX = ".writing"
+# Far above any configuration, manifest or history of this package.
+MAX_TEXT_BYTES = 256 * 2**20
+
+
+@contextmanager
+def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file through a temporary one that replaces it when the block ends without an error.
+
+    Args:
+        path: the file to write; its folder must exist.
+
+    Yields:
+        The temporary path to write to.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable; names `path`, and the old file is unchanged.
+
+    Example:
+
+    >>> import tempfile
+    >>> from ballad_hf.files import replacing_file
+    >>> path = Path(tempfile.mkdtemp()) / "notes.txt"
+    >>> with replacing_file(path) as temporary:
+    ...     _ = temporary.write_text("done")
+    >>> path.read_text()
+    'done'
+    """
+    path = Path(path)
+    temporary = _staging_path(path)
+    try:
+        temporary.unlink(missing_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _not_written(path, error) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a folder through a temporary one that replaces it when the block ends without an error.
+
+    Args:
+        path: the folder to write; its parent is made where it does not exist.
+
+    Yields:
+        An empty temporary folder to write to. Every file in it is synced to the disk before it takes its place.
+
+    Raises:
+        OSError: as [`replacing_file`].
+    """
+    path = Path(path)
+    temporary = _staging_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            _sync(file)
+        _sync(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _not_written(path, error) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 2) -> None:
+    """Write a JSON file, whole or not at all; NaN and infinity are refused."""
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_yaml(path: str | os.PathLike[str], content: Any) -> None:
+    """Write a YAML file, whole or not at all."""
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """Read a text file in UTF-8.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a regular file, larger than `max_bytes`, or not UTF-8.
+    """
+    path = Path(path)
+    check_regular_file(path)
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{path} has {size:,} bytes, more than the {max_bytes:,} allowed for such a file.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}).") from error
+
+
+def read_json(path: str | os.PathLike[str], kind: type = dict, max_bytes: int = MAX_TEXT_BYTES) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        kind: type of its top level, `dict` or `list`.
+        max_bytes: larger files are refused.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or its top level is of another type.
+
+    Example:
+
+    >>> import tempfile
+    >>> from ballad_hf.files import read_json, write_json
+    >>> path = Path(tempfile.mkdtemp()) / "state.json"
+    >>> write_json(path, {"step": 3})
+    >>> read_json(path)
+    {'step': 3}
+    """
+    try:
+        content = json.loads(read_text(path, max_bytes))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    return _checked(content, kind, path)
+
+
+def read_yaml(path: str | os.PathLike[str], kind: type = dict, max_bytes: int = MAX_TEXT_BYTES) -> Any:
+    """Read a YAML file; as [`read_json`]. An empty file is an empty `kind`."""
+    try:
+        content = yaml.safe_load(read_text(path, max_bytes))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}.") from error
+    return kind() if content is None else _checked(content, kind, path)
+
+
+def check_regular_file(path: str | os.PathLike[str]) -> None:
+    """Refuse a pipe, a device or a folder, which would block or misbehave when read; a link to a file is fine.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a regular file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path} is not a regular file.")
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove what writers that were killed left in a folder; only for the process that holds the folder's lock."""
+    for path in Path(folder).glob(f".*{_STAGING_SUFFIX}"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _staging_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_STAGING_SUFFIX}")
+
+
+def _not_written(path: Path, error: OSError) -> OSError:
+    remedy = "Free some space, or choose a folder that can be written to"
+    return OSError(error.errno, f"Could not write {path}: {error.strerror or error}. {remedy}")
+
+
+def _checked(content: Any, kind: type, path: str | os.PathLike[str]) -> Any:
+    if not isinstance(content, kind):
+        expected = {dict: "a mapping", list: "a list"}.get(kind, kind.__name__)
+        raise ValueError(f"{path} must hold {expected}, not {type(content).__name__}.")
+    return content
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

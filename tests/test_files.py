@@ -1,0 +1,124 @@
+import errno
+import os
+
+import pytest
+
+from ballad_hf.files import (
+    check_regular_file,
+    read_json,
+    read_text,
+    read_yaml,
+    remove_leftovers,
+    replacing_file,
+    replacing_folder,
+    sha256_of,
+    write_json,
+    write_text,
+)
+
+
+def write_and_fail(replacing, path, error):
+    with replacing(path) as temporary:
+        (temporary / "half" if temporary.is_dir() else temporary).write_text("half")
+        raise error
+
+
+def test_an_interrupted_write_keeps_the_old_content_and_leaves_nothing(tmp_path):
+    path = tmp_path / "notes.txt"
+    write_text(path, "old")
+    with pytest.raises(KeyboardInterrupt):
+        write_and_fail(replacing_file, path, KeyboardInterrupt())
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_full_disk_names_the_file_and_keeps_the_old_one(tmp_path):
+    path = tmp_path / "notes.txt"
+    write_text(path, "old")
+    with pytest.raises(OSError, match=r"notes\.txt: No space left on device.*Free some space") as caught:
+        write_and_fail(replacing_file, path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_text() == "old"
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "deep" / "model"
+    for content in ("first", "second"):
+        with replacing_folder(path) as folder:
+            (folder / f"{content}.txt").write_text(content)
+    assert [file.name for file in path.iterdir()] == ["second.txt"]
+    with pytest.raises(RuntimeError):
+        write_and_fail(replacing_folder, path, RuntimeError())
+    assert [file.name for file in path.iterdir()] == ["second.txt"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
+    kept = tmp_path / "kept.writing"
+    kept.write_text("not hidden, so not ours")
+    with replacing_folder(tmp_path / "model") as folder:
+        staging = folder
+        (folder / "weights").write_text("")
+    staging.mkdir()
+    (staging / "half").write_text("")
+    (tmp_path / ".metrics.json.writing").write_text("{")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.writing", "model"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[1]", "must hold a mapping, not list"),
+        (b"\xff\xfe", "not text in UTF-8"),
+        (b"[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_damaged_json_is_a_value_error_that_names_the_file(tmp_path, content, message):
+    path = tmp_path / "state.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_json(path)
+    assert str(path) in str(caught.value)
+
+
+def test_yaml_may_be_empty_but_not_of_another_type(tmp_path):
+    path = tmp_path / "arguments.yaml"
+    path.write_text("")
+    assert read_yaml(path) == {}
+    path.write_text("- a")
+    with pytest.raises(ValueError, match="must hold a mapping"):
+        read_yaml(path)
+    path.write_text("a: [")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        read_yaml(path)
+
+
+def test_sizes_are_checked_before_reading(tmp_path):
+    path = tmp_path / "large.json"
+    path.write_bytes(b" " * 11)
+    with pytest.raises(ValueError, match="11 bytes, more than the 10 allowed"):
+        read_text(path, max_bytes=10)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    for read in (check_regular_file, read_json, read_yaml):
+        with pytest.raises(ValueError, match="not a regular file"):
+            read(pipe)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "absent.json")
+
+
+def test_nan_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "metrics.json", {"loss": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_sha256_of_a_file(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
