@@ -13,6 +13,7 @@ from ballad_hf.data.transforms import (
     CropSchedule,
     PixelFormat,
     _random_box,
+    _random_box_of_shape,
     evaluation_transform,
     five_crop_transform,
     train_transform,
@@ -172,6 +173,35 @@ def test_a_crop_schedule_by_hand():
         assert CropSchedule(5, shape).at_epoch((0.2, 1.0), 4) == (1.0, 1.0)
         assert CropSchedule(5, shape).at_epoch((0.2, 1.0), 9) == (1.0, 1.0)
         assert CropSchedule(1, shape).at_epoch((0.2, 1.0), 0) == (0.2, 1.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 500), st.integers(1, 500), st.floats(0.05, 1), st.integers(0, 2**32))
+def test_a_box_of_the_towers_shape_is_a_square_in_the_image(width, height, low, seed):
+    box = _random_box_of_shape(width, height, 32, 32, (low, 1.0), np.random.default_rng(seed))
+    left, top, right, bottom = box
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    assert right - left == bottom - top
+    least = min(np.sqrt(low * width * height), width, height)
+    assert right - left >= max(1, np.floor(least))
+
+
+def test_a_schedule_ends_with_the_largest_square_and_squeezes_nothing():
+    """Red, green and blue thirds of a wide image: its height is a third of its width."""
+    stripes = np.zeros((60, 180, 3), dtype=np.uint8)
+    for third in range(3):
+        stripes[:, 60 * third : 60 * (third + 1), third] = 255
+    image = Image.fromarray(stripes)
+    last = train_transform(processor(), (0.08, 1.0), 0, 0, crop_schedule=CropSchedule(5)).at_epoch(4)
+    for seed in range(20):
+        grey = grey_levels(last(image, np.random.default_rng(seed)), processor())
+        assert (grey.mean(dim=(1, 2)) > 25).sum() <= 2  # a square covers two thirds at most
+    boxes = {_random_box_of_shape(180, 60, 32, 32, (1.0, 1.0), np.random.default_rng(seed)) for seed in range(20)}
+    assert {(box[2] - box[0], box[3] - box[1]) for box in boxes} == {(60, 60)}
+    assert len(boxes) > 10  # at a random position
+    tall = _random_box_of_shape(100, 300, 32, 64, (1.0, 1.0), np.random.default_rng(0))
+    assert (tall[2] - tall[0], tall[3] - tall[1]) == (100, 200)  # for a tower that is not square
 
 
 def test_a_schedule_changes_the_transform_of_an_epoch():

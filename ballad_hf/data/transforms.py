@@ -143,11 +143,15 @@ class FiveCropTransform:
 
 @dataclass(frozen=True)
 class CropSchedule:
-    """Crops that grow towards the whole picture over the epochs (Shi et al., 2025, "LIFT+", minimalist augmentation).
+    """Square crops that grow over the epochs (Shi et al., 2025, "LIFT+", minimalist data augmentation).
 
     With `t` from 0 in the first epoch to 1 in the last, the smallest share of the area goes from its given value to
     the largest one by `s(t)`: `t` itself (linear), `1 - sqrt(1 - t ** 2)` (convex) or `sqrt(1 - (1 - t) ** 2)`
     (concave). A single epoch has `t = 0`, and epochs after the last stay at 1.
+
+    As in LIFT+, crops have the shape of the tower's input, so that nothing is squeezed, and never exceed the largest
+    such crop of the image: in the last epoch, that one at a random position. LIFT+ has neither flips nor colour
+    jitter and starts at a share of 0.08.
 
     Args:
         epochs: number of epochs, 1 or more.
@@ -191,6 +195,7 @@ class TrainTransform:
     horizontal_flip: float
     color_jitter: float
     crop_schedule: CropSchedule | None = None
+    keeps_shape: bool = False  # crops have the shape of the tower's input, as under a crop schedule
 
     @property
     def enough(self) -> int:
@@ -208,7 +213,10 @@ class TrainTransform:
     def __call__(self, picture: Image.Image, rng: np.random.Generator) -> torch.Tensor:
         """Pixel values: (3, height, width) float32, drawn with `rng`."""
         kind = self.pixel_format
-        box = _random_box(*picture.size, self.scale, rng)
+        if self.keeps_shape:
+            box = _random_box_of_shape(*picture.size, kind.width, kind.height, self.scale, rng)
+        else:
+            box = _random_box(*picture.size, self.scale, rng)
         picture = picture.resize((kind.width, kind.height), Image.Resampling(kind.resample), box=box)
         if rng.random() < self.horizontal_flip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -252,7 +260,8 @@ def train_transform(
         horizontal_flip: probability of a mirrored picture; 0 where left and right differ in meaning, as in digits.
         color_jitter: brightness, contrast and saturation are multiplied by factors of 1 - this to 1 + this each, in
             random order; 0 leaves colours alone.
-        crop_schedule: lets `scale` narrow to the whole picture over the epochs; default: it stays.
+        crop_schedule: lets `scale` narrow to its largest share over the epochs, with crops of the shape of the
+            tower's input; default: every epoch has `scale`, and crops vary in shape.
 
     Returns:
         A transform that draws everything from the generator it is called with.
@@ -285,6 +294,7 @@ def train_transform(
         float(horizontal_flip),
         float(color_jitter),
         crop_schedule,
+        keeps_shape=crop_schedule is not None,
     )
 
 
@@ -367,6 +377,20 @@ def _random_box(
     if not len(fitting):
         return _central_box(width, height)
     box_width, box_height = int(widths[fitting[0]]), int(heights[fitting[0]])
+    left, top = int(at_x * (width - box_width + 1)), int(at_y * (height - box_height + 1))
+    return left, top, left + box_width, top + box_height
+
+
+def _random_box_of_shape(
+    width: int, height: int, to_width: int, to_height: int, scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """A random box of the shape `to_width : to_height`, no larger than fits: left, top, right, bottom."""
+    largest = min(width / to_width, height / to_height)
+    whole = width * height / (to_width * to_height)
+    low, high = (min(share, largest**2 / whole) for share in scale)
+    factor = math.sqrt(rng.uniform(low, high) * whole)
+    box_width, box_height = max(1, round(to_width * factor)), max(1, round(to_height * factor))
+    at_x, at_y = rng.random(2)
     left, top = int(at_x * (width - box_width + 1)), int(at_y * (height - box_height + 1))
     return left, top, left + box_width, top + box_height
 
