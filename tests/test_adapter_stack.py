@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ballad_hf import FeatureTable
+from ballad_hf.data.samplers import ClassWeightSampler, InstanceSampler
 from ballad_hf.training.adapter_stack import AdapterStack, TableBatches, _occurrence, decay, train_epoch
 from ballad_hf.training.arguments import PhaseBArguments
 from ballad_hf.training.losses import build_classification_loss
@@ -18,8 +19,8 @@ def table_of(rows: int = 24, views: int = 1) -> FeatureTable:
     return FeatureTable(features, torch.arange(rows) % 3, embeds)
 
 
-def shuffled(rows: int):
-    return lambda epoch: np.random.default_rng(epoch).permutation(rows)
+def shuffled(rows: int) -> InstanceSampler:
+    return InstanceSampler(np.arange(rows) % 3)
 
 
 def stack_of(settings_of_each) -> AdapterStack:
@@ -77,21 +78,27 @@ def test_what_is_left_at_an_epochs_end_is_dropped():
 
 def test_a_row_goes_through_its_views_before_it_shows_one_again():
     table = table_of(6, views=3)
-    batches = TableBatches(table, shuffled(6), 6)
+    batches, sampler = TableBatches(table, shuffled(6), 6), shuffled(6)
     seen = {row: [] for row in range(6)}
     for epoch in range(6):
         features, _ = next(batches.epoch(epoch, torch.device("cpu")))
-        for row, feature in zip(shuffled(6)(epoch), features, strict=True):
+        sampler.set_epoch(epoch)
+        for row, feature in zip(sampler.rows(), features, strict=True):
             seen[row].append(int((table.features[row] == feature).all(dim=1).nonzero()))
     assert all(views == [0, 1, 2, 0, 1, 2] for views in seen.values())
 
 
 def test_rows_that_are_drawn_twice_an_epoch_show_two_views():
     table = table_of(2, views=4)
-    batches = TableBatches(table, lambda epoch: np.array([1, 1, 0, 1]), 4)
-    for epoch, expected in [(0, [0, 1, 0, 2]), (1, [3, 0, 1, 1])]:
+    sampler = ClassWeightSampler([0, 1], [1, 3], length=4)
+    batches = TableBatches(table, sampler, 4)
+    drawn = [0, 0]  # times so far
+    for epoch in range(3):
         features, _ = next(batches.epoch(epoch, torch.device("cpu")))
-        assert torch.equal(features, table.features[[1, 1, 0, 1], expected])
+        for row, feature in zip(sampler.rows().tolist(), features, strict=True):
+            assert torch.equal(feature, table.features[row, drawn[row] % 4])
+            drawn[row] += 1
+    assert drawn == [3, 9]
 
 
 def test_an_epoch_is_the_same_whichever_was_asked_for_before():

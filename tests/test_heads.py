@@ -121,6 +121,13 @@ def test_lws_scales_the_weights_of_each_class_and_no_more():
     assert (factors[:, 0] - 1).abs().max() > 0.01
 
 
+def test_the_cosine_head_starts_at_the_text_with_lifts_scale():
+    table = blobs()
+    _, head = next(iter(_Fitting(table, 0, 0).cosine()))
+    assert head.scale == 25
+    torch.testing.assert_close(head.weight, table.class_embeds)
+
+
 def test_views_are_averaged():
     features = torch.stack([unit(6, 4), unit(6, 4, seed=1)], dim=1)
     table = FeatureTable(features, [0, 1, 2, 0, 1, 2], unit(3, 4, seed=2))

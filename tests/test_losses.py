@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ballad_hf.data.samplers import PowerSampler
 from ballad_hf.training.losses import CLASSIFICATION_LOSSES, build_classification_loss, contrastive_loss
 
 
@@ -22,7 +23,7 @@ def random_batch(seed=0, batch=6, classes=3):
 
 
 def naive_contrastive(image_embeds, text_embeds_of_pairs, labels, scale):
-    """The paper's double sum, pair by pair, with one text for every picture."""
+    """The paper's double sum, pair by pair, with one text for every image."""
     scores = scale * image_embeds @ text_embeds_of_pairs.T
     total = 0.0
     for matrix in (scores, scores.T):
@@ -45,7 +46,7 @@ def test_contrastive_equals_the_sum_over_all_pairs(labels, seed):
     assert ours.item() == pytest.approx(naive_contrastive(images, texts[labels], labels, 7.0), rel=1e-5, abs=1e-6)
 
 
-def test_contrastive_does_not_push_pictures_of_one_class_apart():
+def test_contrastive_does_not_push_images_of_one_class_apart():
     # All of one class: each of 4 texts is a positive, so the best possible loss is ln 4 and no gradient is left.
     similarity = torch.full((4, 1), 2.0, requires_grad=True)
     loss = contrastive_loss(similarity, torch.zeros(4, dtype=torch.long), torch.tensor([0]))
@@ -83,17 +84,48 @@ def test_ldam_by_hand():
 
 
 def test_class_balanced_by_hand():
-    # beta 1/2, counts 1 and 2: weights 1 and 2/3, scaled to a mean of 1: 6/5 and 4/5.
+    # beta 1/2, counts 1 and 2: weights 1 and 2/3. Their mean over the draws is 1/3 * 1 + 2/3 * 2/3 = 7/9.
     loss = build_classification_loss("class_balanced", [1, 2], class_balanced_beta=0.5)
     losses = loss(torch.zeros(2, 2), torch.tensor([0, 1]), reduction="none")
-    assert losses.tolist() == pytest.approx([1.2 * math.log(2), 0.8 * math.log(2)], rel=1e-6)
+    assert losses.tolist() == pytest.approx([9 / 7 * math.log(2), 6 / 7 * math.log(2)], rel=1e-6)
 
 
 def test_generalized_reweight_by_hand():
-    # Counts 1 and 4 with exponent 1/2: sqrt(5) and sqrt(5)/2, scaled to a mean of 1: 4/3 and 2/3.
+    # Counts 1 and 4 with exponent 1/2: sqrt(5) and sqrt(5)/2. Their mean over the draws is 3/5 sqrt(5).
     loss = build_classification_loss("generalized_reweight", [1, 4], reweight_exponent=0.5)
     losses = loss(torch.zeros(2, 2), torch.tensor([0, 1]), reduction="none")
-    assert losses.tolist() == pytest.approx([4 / 3 * math.log(2), 2 / 3 * math.log(2)], rel=1e-6)
+    assert losses.tolist() == pytest.approx([5 / 3 * math.log(2), 5 / 6 * math.log(2)], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["class_balanced", "generalized_reweight"])
+@pytest.mark.parametrize("distribution", [None, [0.5, 0.3, 0.2], [0, 1, 1]])
+def test_weights_have_a_mean_of_one_over_what_the_sampler_draws(name, distribution):
+    loss = build_classification_loss(name, COUNTS, class_distribution=distribution)
+    weights = loss(torch.zeros(3, 3), torch.arange(3), reduction="none") / math.log(3)  # flat logits
+    shares = torch.tensor(COUNTS if distribution is None else distribution, dtype=torch.float32)
+    assert (weights @ (shares / shares.sum())).item() == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["class_balanced", "generalized_reweight", "balanced_softmax", "logit_adjustment"])
+def test_balanced_draws_leave_plain_cross_entropy(name):
+    logits, labels = random_batch()
+    loss = build_classification_loss(name, COUNTS, class_distribution=[1, 1, 1])
+    torch.testing.assert_close(loss(logits, labels), F.cross_entropy(logits, labels))
+
+
+def test_adjustment_after_root_sampling_is_by_the_roots():
+    # Counts 16 and 1 drawn by their roots: shares 4/5 and 1/5.
+    distribution = PowerSampler([0] * 16 + [1], power=0.5).class_distribution(2)
+    for name in ("balanced_softmax", "logit_adjustment"):
+        loss = build_classification_loss(name, [16, 1], class_distribution=distribution)
+        losses = loss(torch.zeros(2, 2), torch.tensor([0, 1]), reduction="none").tolist()
+        assert losses == pytest.approx([-math.log(0.8), -math.log(0.2)], rel=1e-6)
+
+
+def test_margins_follow_the_training_images_whatever_is_drawn():
+    logits, labels = random_batch()
+    drawn = build_classification_loss("ldam", COUNTS, class_distribution=[1, 1, 1])
+    torch.testing.assert_close(drawn(logits, labels), build_classification_loss("ldam", COUNTS)(logits, labels))
 
 
 def test_balanced_softmax_is_a_softmax_weighted_by_counts():
@@ -121,17 +153,20 @@ def test_logit_adjustment_of_strength_one_is_balanced_softmax_and_of_zero_is_cro
 
 def test_lade_against_its_equations_class_by_class():
     logits, labels = random_batch(seed=3)
-    labels[labels == 2] = 0  # a class that is absent from the batch has no term
+    labels[labels == 2] = 0  # the authors keep a class that is absent from the batch, with a mean logit of 0
     prior = [count / sum(COUNTS) for count in COUNTS]
     regularizer = 0.0
-    for c in labels.unique().tolist():
+    for c in range(3):
         own = [logits[i, c].item() for i in range(len(labels)) if labels[i] == c]
-        partition = sum(1 / 3 / prior[labels[i]] * math.exp(logits[i, c]) for i in range(len(labels))) / len(labels)
+        partition = sum(1 / 3 / prior[c] * math.exp(logits[i, c]) for i in range(len(labels))) / len(labels)
         log_partition = math.log(partition)
-        regularizer += prior[c] * (-sum(own) / len(own) + log_partition + 0.1 * log_partition**2)
+        mean_logit = sum(own) / len(own) if own else 0.0
+        regularizer += prior[c] * (-mean_logit + log_partition + 0.1 * log_partition**2)
     softmax_part = F.cross_entropy(logits + torch.tensor(prior).log(), labels).item()
     ours = build_classification_loss("lade", COUNTS, lade_weight=0.3)(logits, labels)
     assert ours.item() == pytest.approx(softmax_part + 0.3 * regularizer, rel=1e-5)
+    drawn = build_classification_loss("lade", [1, 1, 1], class_distribution=COUNTS, lade_weight=0.3)
+    torch.testing.assert_close(drawn(logits, labels), ours)
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION_LOSSES)
@@ -146,7 +181,7 @@ def test_many_adapters_at_once_equal_one_by_one(name):
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION_LOSSES)
-def test_losses_are_float32_under_autocast_and_finite_for_a_class_without_pictures(name):
+def test_losses_are_float32_under_autocast_and_finite_for_a_class_without_images(name):
     logits, labels = random_batch()
     loss = build_classification_loss(name, [100, 20, 0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -162,6 +197,9 @@ def test_losses_are_float32_under_autocast_and_finite_for_a_class_without_pictur
         ({"name": "hinge"}, "'hinge': choose one of cross_entropy, focal"),
         ({"name": "cross_entropy", "label_smoothing": 1.0}, "label_smoothing is 1.0"),
         ({"name": "focal", "label_smoothing": 0.1}, "label_smoothing=0"),
+        ({"name": "lade", "class_counts": [0, 0]}, "class_counts is 0 for every class"),
+        ({"name": "lade", "class_counts": [3, 1], "class_distribution": [0.2, 0.3, 0.5]}, r"shape \(3,\), but .* 2"),
+        ({"name": "lade", "class_counts": [3, 1], "class_distribution": [1.5, -0.5]}, r"class_distribution .*\[1\]"),
         ({"name": "ldam"}, "'ldam' needs class_counts"),
         ({"name": "lade", "class_counts": [3, -1]}, r"classes \[1\]"),
         ({"name": "lade", "class_counts": [[3, 1]]}, r"shape \(1, 2\)"),

@@ -1,7 +1,9 @@
 """Phase A as a whole: what it changes, what it keeps, when it stops."""
 
+import copy
 import dataclasses
 import json
+import math
 import signal
 
 import numpy as np
@@ -418,17 +420,38 @@ def test_on_checkpoint_is_told_and_may_fail(model, splits, encoder, tmp_path, ca
 @pytest.mark.parametrize("sampler", ["class_aware", "power", "progressive"])
 def test_samplers_and_the_crop_schedule_reach_the_loader(model, splits, encoder, sampler, monkeypatch):
     scales = []
-    draw = transforms._random_box
+    draw = transforms._random_box_of_shape
 
-    def recorded(width, height, scale, rng):
+    def recorded(width, height, to_width, to_height, scale, rng):
         scales.append(scale)
-        return draw(width, height, scale, rng)
+        return draw(width, height, to_width, to_height, scale, rng)
 
-    monkeypatch.setattr(transforms, "_random_box", recorded)
+    monkeypatch.setattr(transforms, "_random_box_of_shape", recorded)
     told = arguments(epochs=3, sampler=sampler, crop_schedule="linear", crop_scale=0.5)
     result = trained(model, splits, encoder, told)
     pictures = 8 * result.steps // 3
     assert scales == [(0.5, 1.0)] * pictures + [(0.75, 1.0)] * pictures + [(1.0, 1.0)] * pictures
+
+
+def test_a_loss_corrects_what_the_sampler_leaves(splits, encoder):
+    losses = {}
+    for loss in ("class_prompt", "balanced_softmax", "generalized_reweight"):
+        model = BalladForImageClassification.from_dual_encoder(copy.deepcopy(encoder.clip), NAMES, encoder.tokenizer)
+        result = trained(model, splits, encoder, arguments(sampler="class_aware", loss=loss))
+        losses[loss] = [entry["loss"] for entry in result.history[1:]]
+    assert losses["balanced_softmax"] == pytest.approx(losses["class_prompt"], rel=1e-4)
+    assert losses["generalized_reweight"] == pytest.approx(losses["class_prompt"], rel=1e-4)
+
+
+def test_the_loss_follows_a_progressive_sampler(model, splits, encoder):
+    told = arguments(epochs=3, sampler="progressive", loss="balanced_softmax")
+    processors = (encoder.tokenizer, encoder.image_processor)
+    setup = set_up_phase_a(model, splits, *processors, told, Accelerator(cpu=True), 0, 0, 16)
+    shares = {0: [20 / 32, 8 / 32, 4 / 32], 2: [1 / 3, 1 / 3, 1 / 3]}
+    for epoch, expected in shares.items():
+        setup.start_epoch(epoch)
+        flat = setup.gradients.objective(torch.zeros(3, 3), torch.arange(3), torch.arange(3)).item()
+        assert flat == pytest.approx(-sum(math.log(share) for share in expected) / 3, rel=1e-5)
 
 
 def test_bad_input_is_named(model, splits, encoder):

@@ -167,6 +167,33 @@ def test_every_loss_learns_with_every_sampler(tiny_ballad, loss, sampler):
     assert result.validation["mean_class"] > max(0.75, result.history[0]["mean_class"] + 0.3)
 
 
+@pytest.mark.parametrize("loss", ["class_balanced", "generalized_reweight", "balanced_softmax", "logit_adjustment"])
+def test_a_loss_corrects_what_the_sampler_leaves(tiny_ballad, loss):
+    """Balanced draws leave nothing to correct: training is that of cross-entropy."""
+    plain, other = copy.deepcopy(tiny_ballad), copy.deepcopy(tiny_ballad)
+    table = table_for(tiny_ballad)
+    expected = train_phase_b(plain, table, PhaseBArguments(epochs=2, learning_rate=0.01))
+    result = train_phase_b(other, table, PhaseBArguments(epochs=2, learning_rate=0.01, loss=loss))
+    assert [entry["loss"] for entry in result.history[1:]] == pytest.approx(
+        [entry["loss"] for entry in expected.history[1:]], rel=1e-4
+    )
+    torch.testing.assert_close(weight_of(other), weight_of(plain), rtol=1e-3, atol=1e-4)
+
+
+def test_root_sampling_leaves_the_roots_to_correct(tiny_ballad):
+    """On rows at right angles to every text the loss is that of flat logits: `-sum_c p(c) log p(c)`."""
+    across = torch.linalg.qr(tiny_ballad.class_embeds.T, mode="complete").Q[:, -1]
+    labels = torch.arange(5).repeat_interleave(torch.tensor([64, 16, 16, 4, 4]))
+    table = FeatureTable(across.repeat(104, 1), labels, tiny_ballad.class_embeds)
+    arguments = PhaseBArguments(
+        epochs=1, batch_size=104, loss="logit_adjustment", sampler="power", adapter_start="identity"
+    )
+    (first,) = train_phase_b(tiny_ballad, table, arguments).history[1:]
+    shares = torch.tensor([8.0, 4.0, 4.0, 2.0, 2.0]) / 20
+    drawn = torch.tensor([41.6, 20.8, 20.8, 10.4, 10.4]) / 104  # up to the next whole row
+    assert first["loss"] == pytest.approx(-(drawn * shares.log()).sum().item(), abs=0.02)
+
+
 @pytest.mark.parametrize("scale", [4.0, 100.0])
 def test_margins_are_on_the_scale_of_the_logits(tiny_ballad, scale):
     """Pictures at right angles to every text have logits of 0, whatever their class; all margins are half a cosine."""

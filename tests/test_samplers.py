@@ -16,6 +16,7 @@ from ballad_hf.data.samplers import (
     PowerSampler,
     ProgressiveSampler,
     SeededDraws,
+    build_sampler,
 )
 
 
@@ -255,3 +256,34 @@ def test_draws_carry_the_seed_of_their_place():
 def test_bad_input_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@settings(max_examples=30, deadline=None)
+@given(labels=st.lists(st.integers(0, 5), min_size=1, max_size=60), epoch=st.integers(0, 4))
+def test_the_class_distribution_is_what_an_epoch_draws(labels, epoch):
+    for sampler in [
+        InstanceSampler(labels),
+        ClassAwareSampler(labels, 1, length=600 * len(set(labels))),
+        PowerSampler(labels, 0.5, length=3000),
+        ProgressiveSampler(labels, 3, length=3000),
+    ]:
+        sampler.set_epoch(epoch)
+        distribution = sampler.class_distribution(7)
+        drawn = np.bincount(np.asarray(labels)[sampler.rows()], minlength=7) / len(sampler)
+        np.testing.assert_allclose(drawn, distribution, atol=1 / len(sampler) + 1e-12)
+        assert distribution.sum() == pytest.approx(1)
+
+
+def test_a_class_distribution_needs_the_number_of_classes():
+    with pytest.raises(ValueError, match="from 0 to 3, but classes is 3"):
+        InstanceSampler([0, 3]).class_distribution(3)
+
+
+def test_samplers_by_name():
+    assert build_sampler("instance", [0, 1, 1]).class_distribution(2).tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert build_sampler("class_aware", [0, 1, 1], samples_per_class=4).samples_per_class == 2
+    progressive = build_sampler("progressive", [0, 1, 1], epochs=2)
+    progressive.set_epoch(1)
+    assert progressive.class_distribution(2).tolist() == [0.5, 0.5]
+    with pytest.raises(ValueError, match="no sampler 'random': choose 'instance'"):
+        build_sampler("random", [0])

@@ -90,6 +90,37 @@ class EpochSampler(Sampler[int]):
         for begin in range(0, len(self), _BLOCK):
             yield from self.rows(begin, min(begin + _BLOCK, len(self))).tolist()
 
+    def class_distribution(self, classes: int) -> np.ndarray:
+        """Expected share of each class among the rows of the epoch: (classes,) float64 that sum to 1.
+
+        Losses for long-tailed data take it, so that they correct what is left to correct after the sampler.
+
+        Args:
+            classes: number of classes; all labels are from 0 to `classes - 1`.
+
+        Raises:
+            ValueError: a label outside that range.
+
+        Example:
+
+        >>> from ballad_hf.data.samplers import PowerSampler
+        >>> PowerSampler([0, 0, 0, 0, 2], power=0.5).class_distribution(3).round(2).tolist()
+        [0.67, 0.0, 0.33]
+        """
+        present, shares = self._class_shares()
+        if present.min() < 0 or present.max() >= classes:
+            raise ValueError(
+                f"labels go from {present.min()} to {present.max()}, but classes is {classes}: give the number of "
+                "classes of the data, whose labels count from 0."
+            )
+        distribution = np.zeros(classes)
+        distribution[present] = shares / shares.sum()
+        return distribution
+
+    def _class_shares(self) -> tuple[np.ndarray, np.ndarray]:
+        """The labels that occur, and the share of each in the epoch, in any scale."""
+        raise NotImplementedError
+
     def _rows_at(self, positions: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
@@ -110,8 +141,12 @@ class InstanceSampler(EpochSampler):
     """
 
     def __init__(self, labels: Sequence[int] | np.ndarray, *, multiple_of: int = 1, seed: int = 0):
-        self._size = len(checked_labels(labels))
+        self._labels = checked_labels(labels)
+        self._size = len(self._labels)
         super().__init__(self._size, multiple_of, seed)
+
+    def _class_shares(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.unique(self._labels, return_counts=True)
 
     def _rows_at(self, positions: np.ndarray) -> np.ndarray:
         return permute(positions, self._size, mix(self.seed, _ROW_ORDER, self.epoch))
@@ -158,6 +193,9 @@ class ClassAwareSampler(EpochSampler):
         super().__init__(len(self._index.members) if length is None else length, multiple_of, seed)
         self.samples_per_class = samples_per_class
         self._check_samples_per_class()
+
+    def _class_shares(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._index.classes, np.ones(len(self._index))
 
     def _check_samples_per_class(self) -> None:
         k, largest = self.samples_per_class, int(self._index.counts.max())
@@ -239,6 +277,9 @@ class ClassWeightSampler(EpochSampler):
 
     def _epoch_weights(self) -> np.ndarray:
         return self.class_weights
+
+    def _class_shares(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._index.classes, self._epoch_weights()
 
     def _rows_at(self, positions: np.ndarray) -> np.ndarray:
         index, length = self._index, len(self)
@@ -341,6 +382,48 @@ class ProgressiveSampler(ClassWeightSampler):
         progress = min(self.epoch / max(self.epochs - 1, 1), 1.0)
         counts = self.class_weights
         return (1 - progress) * counts / counts.sum() + progress / len(counts)
+
+
+def build_sampler(
+    name: str,
+    labels: Sequence[int] | np.ndarray,
+    *,
+    samples_per_class: int = 4,
+    power: float = 0.5,
+    epochs: int = 1,
+    multiple_of: int = 1,
+    seed: int = 0,
+) -> EpochSampler:
+    """Build a sampler by its name.
+
+    Args:
+        name: `"instance"`, `"class_aware"`, `"power"` or `"progressive"`.
+        labels: (n,) integer labels.
+        samples_per_class: of `"class_aware"`; lowered to the size of the largest class.
+        power: of `"power"`.
+        epochs: of `"progressive"`.
+        multiple_of: the length is rounded down to a multiple of this, such as the global batch.
+        seed: of every choice.
+
+    Raises:
+        ValueError: an unknown name, or what the sampler refuses.
+
+    Example:
+
+    >>> from ballad_hf.data.samplers import build_sampler
+    >>> build_sampler("power", [0, 0, 1], power=0.0).class_distribution(2).tolist()
+    [0.5, 0.5]
+    """
+    if name == "instance":
+        return InstanceSampler(labels, multiple_of=multiple_of, seed=seed)
+    if name == "class_aware":
+        largest = int(np.unique(checked_labels(labels), return_counts=True)[1].max())
+        return ClassAwareSampler(labels, min(samples_per_class, largest), multiple_of=multiple_of, seed=seed)
+    if name == "power":
+        return PowerSampler(labels, power, multiple_of=multiple_of, seed=seed)
+    if name == "progressive":
+        return ProgressiveSampler(labels, max(1, epochs), multiple_of=multiple_of, seed=seed)
+    raise ValueError(f"There is no sampler {name!r}: choose 'instance', 'class_aware', 'power' or 'progressive'.")
 
 
 class SeededDraws(Sampler[Draw]):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..data.samplers import EpochSampler
 from ..features.scoring import adapted_logits
 from ..features.table import FeatureTable
 from .arguments import PhaseBArguments
@@ -76,18 +77,17 @@ class TableBatches:
 
     Args:
         table: the features.
-        order_of: epoch -> (draws,) row numbers.
+        sampler: gives each epoch's row numbers.
         batch_size: rows a step. What is left at an epoch's end is dropped, as the official code does.
     """
 
-    def __init__(self, table: FeatureTable, order_of: Callable[[int], np.ndarray], batch_size: int):
+    def __init__(self, table: FeatureTable, sampler: EpochSampler, batch_size: int):
         self.table = table
-        self.order_of = order_of
+        self.sampler = sampler
         self.batch_size = batch_size
         self._drawn = np.zeros(table.rows if table.views > 1 else 0, dtype=np.int64)
         self._counted = 0  # epochs in `_drawn`
         self._last: tuple[int, torch.Tensor, torch.Tensor | None] | None = None  # epoch, rows, views
-        self._steps: int | None = None
 
     def epoch(self, epoch: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The epoch's batches: (features (batch, dim) in float32, labels (batch,))."""
@@ -101,25 +101,31 @@ class TableBatches:
 
     def steps(self) -> int:
         """Steps of an epoch."""
-        if self._steps is None:
-            draws = len(self.order_of(0))
-            self._steps = draws // min(self.batch_size, draws)
-        return self._steps
+        return len(self.sampler) // min(self.batch_size, len(self.sampler))
+
+    def class_distribution(self, epoch: int) -> torch.Tensor:
+        """Share of each class among an epoch's draws: (classes,) float64."""
+        self.sampler.set_epoch(epoch)
+        return torch.from_numpy(self.sampler.class_distribution(self.table.classes))
 
     def _draws(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows and views of an epoch; the last epoch asked for is kept, as several stacks may train on it."""
         if self._last is None or self._last[0] != epoch:
-            order = np.asarray(self.order_of(epoch), dtype=np.int64)
+            order = self._order(epoch)
             views = self._views(epoch, order) if self.table.views > 1 else None
             self._last = epoch, torch.from_numpy(order).to(self.table.device), views
         return self._last[1], self._last[2]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        self.sampler.set_epoch(epoch)
+        return self.sampler.rows()
 
     def _views(self, epoch: int, order: np.ndarray) -> torch.Tensor:
         if epoch < self._counted:
             self._drawn[:] = 0
             self._counted = 0
         while self._counted < epoch:  # after a resume, count what was drawn before
-            self._drawn += np.bincount(np.asarray(self.order_of(self._counted)), minlength=self.table.rows)
+            self._drawn += np.bincount(self._order(self._counted), minlength=self.table.rows)
             self._counted += 1
         views = (self._drawn[order] + _occurrence(order)) % self.table.views
         self._drawn += np.bincount(order, minlength=self.table.rows)

@@ -142,7 +142,7 @@ class PhaseAArguments:
     torch_compile: bool = _option("compile the towers", False)
     crop_scale: float = _option("smallest share of a picture's area that a random crop keeps; 1 with no crop", 0.5)
     crop_schedule: Literal["none", "convex", "linear", "concave"] = _option(
-        "how crops grow to the whole picture over the epochs (LIFT+); 'none': they don't", "none"
+        "how square crops grow over the epochs, as in LIFT+; 'none': crops of any shape, alike in every epoch", "none"
     )
     horizontal_flip: float = _option("probability of a mirrored picture", 0.5)
     color_jitter: float = _option("strength of random brightness, contrast and saturation", 0.4)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..data.samplers import PowerSampler
 from ..evaluation.metrics import LongTailMetrics
 from ..evaluation.predictions import Predictions
 from ..features.table import FeatureTable
@@ -50,7 +50,7 @@ HEADS = (
     "cosine",
     "tip_adapter",
 )
-_COSINE_SCALE = 30.0  # LIFT's
+_COSINE_SCALE = 25.0  # as in the configs of LIFT
 _BATCH = 512
 _MOST_LOGITS = 2**24
 
@@ -150,8 +150,11 @@ def compare_heads(
     | `tau_norm` | `linear` with each class's weights divided by `|w|^tau` | Kang et al., 2020, section 4.2 |
     | `crt` | the classifier trained anew, classes drawn alike | Kang et al., 2020, section 4.2 |
     | `lws` | `linear` with a learnt factor a class, classes drawn alike | Kang et al., 2020, section 4.2 |
-    | `cosine` | cosine classifier that starts at the class embeddings, logit adjustment | Shi et al., 2024 (LIFT) |
+    | `cosine` | cosine classifier that starts at the class embeddings, logit adjustment | after Shi et al., 2024 |
     | `tip_adapter` | class embeddings plus a cache of training rows, without training | Zhang et al., 2022 |
+
+    For CLIP's ResNets, `cosine` is the classifier of LIFT (Shi et al., 2024), with its scale of 25. For ViTs, LIFT
+    puts it before the image projection, and this one is behind it, since a feature table holds projected features.
 
     Args:
         table: features of the training part; the first view of each row is used by the heads that don't train.
@@ -361,16 +364,9 @@ class _Fitting:
         balanced: bool,
     ) -> None:
         """SGD with momentum and a cosine schedule over the table's features, normalised."""
-        from ..data.samplers import PowerSampler
-
         sampler = PowerSampler(self.table.labels.cpu().numpy(), 0.0 if balanced else 1.0, seed=self.seed)
-
-        def order(epoch: int) -> np.ndarray:
-            sampler.set_epoch(epoch)
-            return sampler.rows()
-
         # Small tables get smaller batches, so that an epoch has some steps.
-        batches = TableBatches(self.table, order, min(_BATCH, max(16, self.table.rows // 8)))
+        batches = TableBatches(self.table, sampler, min(_BATCH, max(16, self.table.rows // 8)))
         optimizer = torch.optim.SGD(parameters, learning_rate, momentum=0.9, weight_decay=weight_decay)
         steps = self.epochs * batches.steps()
         schedule = torch.optim.lr_scheduler.LambdaLR(

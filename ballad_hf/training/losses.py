@@ -1,8 +1,9 @@
-"""What is minimised: the contrastive loss of phase A, and the classification losses for long tails.
+"""The contrastive loss of phase A, and the classification losses for long-tailed data.
 
-In every equation `z` are the logits of one picture, `y` its class, `n_c` the training pictures of class `c`, and `C`
-the number of classes. Every loss is computed in float32 whatever the autocast. Classification losses take logits with
-any leading dimensions, `(..., batch, classes)`, so that many adapters can be trained at once.
+In every equation `z` are the logits of one image, `y` its class, `p(c)` the share of class `c` among the images that
+the sampler draws, `n_c` the draws of class `c` in an epoch, and `C` the number of classes. Under instance sampling,
+`n_c` is the number of training images. Every loss is computed in float32 whatever the autocast. Classification losses
+take logits with any leading dimensions, `(..., batch, classes)`.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from torch import nn
 def contrastive_loss(similarity: torch.Tensor, image_labels: torch.Tensor, text_labels: torch.Tensor) -> torch.Tensor:
     """The contrastive loss of phase A in both directions, with every pair of one class as a positive.
 
-    Ma et al. (2021, section 3.2) pair every picture `i` of the batch with the prompt of its class and average over the
+    Ma et al. (2021, section 3.2) pair every image `i` of the batch with the prompt of its class and average over the
     positives `P(i)`, which are all pairs of the same class:
 
         L_image = -1/N sum_i 1/|P(i)| sum_{p in P(i)} log( exp(s_ip) / sum_j exp(s_ij) )
 
-    and the same with pictures and prompts exchanged; the loss is the mean of both. Pairs of one class share one
+    and the same with images and prompts exchanged; the loss is the mean of both. Pairs of one class share one
     prompt, so a column for each class that occurs, counted as often as it occurs, gives the same value from fewer
     texts.
 
     Args:
         similarity: scaled cosines, (batch, classes of the batch).
-        image_labels: (batch,) class of each picture.
-        text_labels: (classes of the batch,) class of each column, all different; every picture's class is among them.
+        image_labels: (batch,) class of each image.
+        text_labels: (classes of the batch,) class of each column, all different; every image's class is among them.
 
     Returns:
         A scalar in float32.
@@ -47,9 +48,9 @@ def contrastive_loss(similarity: torch.Tensor, image_labels: torch.Tensor, text_
     with torch.autocast(similarity.device.type, enabled=False):
         similarity = similarity.float()
         same_class = (image_labels[:, None] == text_labels[None, :]).float()  # (batch, classes)
-        pictures = same_class.sum(dim=0)  # (classes,)
-        # A class with k pictures stands in the image's denominator k times: add log k to its column.
-        image_log_probs = similarity - torch.logsumexp(similarity + pictures.log(), dim=1, keepdim=True)
+        images = same_class.sum(dim=0)  # (classes,)
+        # A class with k images occurs k times in the image's denominator: add log k to its column.
+        image_log_probs = similarity - torch.logsumexp(similarity + images.log(), dim=1, keepdim=True)
         image_to_text = -(image_log_probs * same_class).sum(dim=1).mean()
         # Its prompt occurs k times, each with the mean over k positives: the k cancels.
         text_log_probs = similarity.log_softmax(dim=0)
@@ -61,7 +62,7 @@ class ClassificationLoss(nn.Module):
     """A classification loss with its constants, made by [`build_classification_loss`].
 
     Calling it with `logits` (..., batch, classes) and `labels` (batch,) or (..., batch) gives the mean over
-    everything, or with `reduction="none"` a loss for each picture, of shape (..., batch).
+    everything, or with `reduction="none"` a loss for each image, of shape (..., batch).
     """
 
     def __init__(self, name: str, terms: Callable[..., torch.Tensor], **constants: torch.Tensor):
@@ -74,7 +75,7 @@ class ClassificationLoss(nn.Module):
 
     @property
     def couples_batch(self) -> bool:
-        """Whether a picture's loss depends on the rest of the batch, so that the batch can't be taken in pieces."""
+        """Whether an image's loss depends on the rest of the batch, so that micro-batches need cached gradients."""
         return self.name == "lade"
 
     def forward(
@@ -96,7 +97,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: f
 
 
 def focal(logits: torch.Tensor, labels: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
-    """`-(1 - p_y)^gamma log p_y`: easy pictures count less (Lin et al., 2017, equation 4)."""
+    """`-(1 - p_y)^gamma log p_y`: easy images count less (Lin et al., 2017, equation 4)."""
     log_prob = _of_label(logits.log_softmax(dim=-1), labels)
     return -((1 - log_prob.exp()) ** gamma) * log_prob
 
@@ -104,7 +105,7 @@ def focal(logits: torch.Tensor, labels: torch.Tensor, gamma: float = 2.0) -> tor
 def margin_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, margins: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Cross-entropy after the right class's logit is lowered by its margin (LDAM, Cao et al., 2019, eq. 13)."""
+    """Cross-entropy after the logit of the true class is lowered by its margin (LDAM, Cao et al., 2019, eq. 13)."""
     lowered = torch.zeros_like(logits).scatter(-1, labels[..., None], margins[labels][..., None])
     return cross_entropy(logits - lowered, labels, label_smoothing)
 
@@ -112,49 +113,53 @@ def margin_cross_entropy(
 def weighted_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """`w_y * cross-entropy`, not divided by the batch's weights, so that a batch in pieces gives the same gradient."""
+    """`w_y * cross-entropy`.
+
+    torch's `cross_entropy(weight=)` divides by the weights of the batch. Here the weights have a mean of 1 over what
+    the sampler draws: the same in expectation, and micro-batches add up to the gradient of the whole batch.
+    """
     return weights[labels] * cross_entropy(logits, labels, label_smoothing)
 
 
 def adjusted_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, offsets: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Cross-entropy of `z + offset`, the offset known for each class: the shift of the prior into training."""
+    """Cross-entropy of `z + offset`, with one offset a class: the prior moves from the classifier into the loss."""
     return cross_entropy(logits + offsets, labels, label_smoothing)
 
 
 def lade(
     logits: torch.Tensor,
     labels: torch.Tensor,
+    prior: torch.Tensor,
     log_prior: torch.Tensor,
+    divergence_weight: float = 0.1,
     regularizer_weight: float = 0.1,
-    class_weight: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """LADE (Hong et al., 2021): cross-entropy of `z + log prior` plus the label-distribution regulariser LADER.
+    """LADE (Hong et al., 2021): cross-entropy of `z + log p` plus the label-distribution regulariser LADER.
 
-    For each class `c` with pictures in the batch, equations 8 to 10:
+    As in the authors' code (hyperconnect/LADE), for every class `c`, also one that is absent from the batch:
 
-        d_c = log( 1/N sum_i (1/C) / p(y_i) * exp(z_ic) )        # the log-partition under a uniform prior
-        L_c = -mean_{i: y_i = c} z_ic + d_c + regularizer_weight * d_c^2
+        d_c = log( 1/N sum_i (1/C) / p(c) * exp(z_ic) )
+        L_c = -mean_{i: y_i = c} z_ic + d_c + divergence_weight * d_c^2        # the mean is 0 for an absent class
 
-    and LADER is `sum_c p(c) L_c`. Its weight is `class_weight`. It belongs to the batch, and each of the batch's
-    pictures carries it whole, so that their mean is the loss.
+    and LADER is `sum_c p(c) L_c`, with the weight `regularizer_weight`. Equation 8 of the paper has the prior of each
+    image's own class, `p(y_i)`, in `d_c`; the code has that of the column. LADER is a property of the batch; it is
+    added to the loss of every image, so that their mean is the loss.
     """
-    classes = logits.shape[-1]
-    batch = logits.shape[-2]
+    batch, classes = logits.shape[-2:]
     one_hot = F.one_hot(labels, classes).to(logits.dtype)  # (..., batch, classes)
-    pictures = one_hot.sum(dim=-2)  # (..., classes)
-    mean_logit = (logits * one_hot).sum(dim=-2) / pictures.clamp(min=1)  # (..., classes)
-    log_importance = -log_prior[labels] - math.log(classes * batch)  # (..., batch)
-    log_partition = torch.logsumexp(logits + log_importance[..., None], dim=-2)  # (..., classes)
-    by_class = -mean_logit + log_partition + regularizer_weight * log_partition**2
-    regularizer = (log_prior.exp() * by_class * (pictures > 0)).sum(dim=-1)  # (...)
+    images = one_hot.sum(dim=-2)  # (..., classes)
+    mean_logit = (logits * one_hot).sum(dim=-2) / images.clamp(min=1)  # (..., classes)
+    log_partition = torch.logsumexp(logits, dim=-2) - log_prior - math.log(classes * batch)  # (..., classes)
+    by_class = -mean_logit + log_partition + divergence_weight * log_partition**2
+    regularizer = (prior * by_class).sum(dim=-1)  # (...)
     losses = adjusted_cross_entropy(logits, labels, log_prior, label_smoothing)
-    return losses + class_weight * regularizer[..., None]
+    return losses + regularizer_weight * regularizer[..., None]
 
 
-# Every name that `build_classification_loss` knows.
+# The names that `build_classification_loss` accepts.
 CLASSIFICATION_LOSSES = (
     "cross_entropy",
     "focal",
@@ -171,6 +176,7 @@ def build_classification_loss(
     name: str,
     class_counts: Sequence[int] | torch.Tensor | None = None,
     *,
+    class_distribution: Sequence[float] | torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     focal_gamma: float = 2.0,
     ldam_max_margin: float = 0.5,
@@ -193,15 +199,23 @@ def build_classification_loss(
     | `logit_adjustment` | cross-entropy of `z_c + strength * log p(c)` | Menon et al., 2021 |
     | `lade` | cross-entropy of `z_c + log p(c)` and the regulariser LADER | Hong et al., 2021 |
 
-    Weights are scaled to a mean of 1 over the classes. A class without a training picture counts as one picture.
+    A sampler and a loss that both balance would correct twice. So `p(c)` and `n_c` describe what the sampler draws:
+    with `class_distribution`, `n_c` is that share of the training images. Under balanced sampling the last five
+    losses become cross-entropy (LADE with its regulariser). Only `ldam` keeps the training counts: its margins are
+    wide where a class has few different images, and drawing those more often adds none.
+
+    Weights have a mean of 1 over what the sampler draws: `sum_c p(c) w_c = 1`. A class that is never drawn has the
+    offset or weight of one draw an epoch.
 
     Args:
         name: one of the table.
-        class_counts: training pictures of each class, in label order; all but the first two losses need it.
+        class_counts: training images of each class, in label order; all but the first two losses need it.
+        class_distribution: (classes,) share of each class among the draws, in any scale, such as
+            `sampler.class_distribution(classes)`; default: that of `class_counts`, which is instance sampling.
         label_smoothing: share of the target that is spread over all classes, from 0 to below 1; not for `focal`.
         focal_gamma: gamma of `focal`.
         ldam_max_margin: margin of the rarest class, on the cosine's scale.
-        ldam_scale: what multiplies the cosines in the logits, `s`: give the logit scale of the model. The default is
+        ldam_scale: multiplier of the cosines in the logits, `s`: give the logit scale of the model. The default is
             that of the official LDAM code, whose classifier has 30.
         class_balanced_beta: beta of `class_balanced`, from 0 (no weights) to below 1.
         reweight_exponent: exponent of `generalized_reweight`.
@@ -212,7 +226,7 @@ def build_classification_loss(
         A callable `loss(logits, labels, reduction="mean")` in float32.
 
     Raises:
-        ValueError: an unknown name, missing or negative counts, a smoothing out of range or not applicable.
+        ValueError: an unknown name, missing or negative counts or shares, a smoothing out of range or not applicable.
 
     Example:
 
@@ -221,6 +235,9 @@ def build_classification_loss(
     >>> loss = build_classification_loss("balanced_softmax", class_counts=[300, 100])
     >>> round(loss(torch.zeros(1, 2), torch.tensor([1])).item(), 4)  # -ln(100 / 400)
     1.3863
+    >>> balanced = build_classification_loss("balanced_softmax", [300, 100], class_distribution=[0.5, 0.5])
+    >>> round(balanced(torch.zeros(1, 2), torch.tensor([1])).item(), 4)  # -ln(1 / 2)
+    0.6931
     """
     if name not in CLASSIFICATION_LOSSES:
         raise ValueError(
@@ -229,41 +246,41 @@ def build_classification_loss(
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}: choose a number from 0 to below 1, such as 0.1.")
     if name == "focal" and label_smoothing:
-        raise ValueError("The focal loss is defined for one right class: use label_smoothing=0 with it.")
+        raise ValueError("The focal loss has no label smoothing: set label_smoothing=0.")
     if name == "cross_entropy":
         return ClassificationLoss(name, partial(cross_entropy, label_smoothing=label_smoothing))
     if name == "focal":
         return ClassificationLoss(name, partial(focal, gamma=focal_gamma))
 
-    counts = _check_counts(name, class_counts)
-    log_prior = (counts / counts.sum()).log()
+    counts = _check_counts(name, class_counts)  # (classes,)
     if name == "ldam":
-        margins = counts**-0.25
+        margins = counts.clamp(min=1) ** -0.25
         margins = margins * (ldam_scale * ldam_max_margin / margins.max())
         return ClassificationLoss(
             name, partial(margin_cross_entropy, label_smoothing=label_smoothing), margins=margins.float()
         )
-    if name == "balanced_softmax":
+
+    prior = _check_distribution(class_distribution, counts)  # (classes,), sums to 1
+    draws = prior * counts.sum()
+    draws = torch.where(draws > 0, draws, 1.0)
+    log_prior = (draws / draws.sum()).log()
+    if name in ("balanced_softmax", "logit_adjustment"):
+        offsets = draws.log() if name == "balanced_softmax" else adjustment_strength * log_prior
         return ClassificationLoss(
-            name, partial(adjusted_cross_entropy, label_smoothing=label_smoothing), offsets=counts.log().float()
-        )
-    if name == "logit_adjustment":
-        offsets = (adjustment_strength * log_prior).float()
-        return ClassificationLoss(
-            name, partial(adjusted_cross_entropy, label_smoothing=label_smoothing), offsets=offsets
+            name, partial(adjusted_cross_entropy, label_smoothing=label_smoothing), offsets=offsets.float()
         )
     if name == "lade":
-        terms = partial(lade, class_weight=lade_weight, label_smoothing=label_smoothing)
-        return ClassificationLoss(name, terms, log_prior=log_prior.float())
+        terms = partial(lade, regularizer_weight=lade_weight, label_smoothing=label_smoothing)
+        return ClassificationLoss(name, terms, prior=prior.float(), log_prior=log_prior.float())
     if name == "class_balanced":
         if not 0 <= class_balanced_beta < 1:
             raise ValueError(
                 f"class_balanced_beta is {class_balanced_beta}: choose from 0 to below 1, such as 0.9999."
             )
-        weights = (1 - class_balanced_beta) / (1 - class_balanced_beta**counts)
+        weights = (1 - class_balanced_beta) / (1 - class_balanced_beta**draws)
     else:
         weights = (-reweight_exponent * log_prior).exp()
-    weights = weights / weights.mean()
+    weights = weights / (prior * weights).sum()
     return ClassificationLoss(
         name, partial(weighted_cross_entropy, label_smoothing=label_smoothing), weights=weights.float()
     )
@@ -275,11 +292,32 @@ def _of_label(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def _check_counts(name: str, class_counts: Sequence[int] | torch.Tensor | None) -> torch.Tensor:
     if class_counts is None:
-        raise ValueError(f"The loss {name!r} needs class_counts: the training pictures of each class, in label order.")
+        raise ValueError(f"The loss {name!r} needs class_counts: the training images of each class, in label order.")
     counts = torch.as_tensor(class_counts, dtype=torch.float64)  # (classes,)
     if counts.ndim != 1 or not len(counts):
         raise ValueError(f"class_counts has shape {tuple(counts.shape)}: give one number a class, in label order.")
-    wrong = torch.nonzero(~(counts >= 0)).flatten().tolist()
+    _check_not_negative("class_counts", counts)
+    return counts
+
+
+def _check_distribution(
+    class_distribution: Sequence[float] | torch.Tensor | None, counts: torch.Tensor
+) -> torch.Tensor:
+    if class_distribution is None:
+        return counts / counts.sum()
+    shares = torch.as_tensor(class_distribution, dtype=torch.float64)
+    if shares.shape != counts.shape:
+        raise ValueError(
+            f"class_distribution has shape {tuple(shares.shape)}, but class_counts has {len(counts)} classes: give "
+            "one share a class, in label order."
+        )
+    _check_not_negative("class_distribution", shares)
+    return shares / shares.sum()
+
+
+def _check_not_negative(name: str, values: torch.Tensor) -> None:
+    wrong = torch.nonzero(~((values >= 0) & values.isfinite())).flatten().tolist()
     if wrong:
-        raise ValueError(f"class_counts is negative or not a number for the classes {wrong[:20]}: give 0 or more.")
-    return counts.clamp(min=1)
+        raise ValueError(f"{name} is negative or not finite for the classes {wrong[:20]}: give 0 or more.")
+    if not values.sum() > 0:
+        raise ValueError(f"{name} is 0 for every class: give more than 0 for at least one.")

@@ -104,6 +104,7 @@ class PhaseALoop:
         setup, state = self.setup, self.state
         set_training_mode(setup, self.arguments)
         epoch, done = divmod(state.step, setup.steps_per_epoch)
+        setup.start_epoch(epoch)
         for batch in epoch_batches(setup.loader, epoch, done):
             report = self._train_step(batch)
             state.step += 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.prompts import ClassPrompts
+from ..data.samplers import build_sampler
 from .arguments import PhaseAArguments
 from .cached_gradients import Objective, StepGradients
 from .ema import WeightAverage
@@ -56,6 +59,7 @@ class PhaseASetup:
         steps_per_epoch: global batches of an epoch.
         total_steps: of the whole training.
         highest_log_scale: where the logarithm of the logit scale is held.
+        objective_for: makes the loss for a class distribution, (classes,), of what the sampler draws.
     """
 
     clip: PreTrainedModel
@@ -71,11 +75,17 @@ class PhaseASetup:
     steps_per_epoch: int
     total_steps: int
     highest_log_scale: float
+    objective_for: Callable[[np.ndarray], Objective]
 
     @property
     def plain_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer without accelerate's cover."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Choose the sampler's epoch, and the loss that goes with what it draws then."""
+        self.sampler.set_epoch(epoch)
+        self.gradients.objective = self.objective_for(self.sampler.class_distribution(self.gradients.num_classes))
 
     @torch.no_grad()
     def keep_scale_in_range(self) -> None:
@@ -116,7 +126,10 @@ def set_up_phase_a(
         clip.activation_checkpointing_enable()
     if arguments.torch_compile:
         compile_towers(clip)
-    sampler = build_sampler(splits.train.labels, arguments, accelerator.num_processes, seed)
+    _check_batch_size(arguments.batch_size, accelerator.num_processes)
+    sampler = build_sampler(
+        arguments.sampler, splits.train.labels, epochs=arguments.epochs, multiple_of=arguments.batch_size, seed=seed
+    )
     loader = _loader(splits.train, sampler, image_processor, arguments, accelerator, seed, num_workers)
     optimizer = build_optimizer(clip, arguments)
     towers, optimizer = accelerator.prepare(TrainableTowers(clip, model.config.logit_scale), optimizer)
@@ -142,10 +155,11 @@ def set_up_phase_a(
             frozen_embeds = encode_classes(towers, texts)
         elif arguments.train == "projections" and not is_sharded:  # only the whole forward gathers shards
             texts.keep_pooled(clip)
+    objective_for = partial(build_objective, arguments, splits.class_counts, model.logit_scale.item())
     gradients = StepGradients(
         towers,
         None if frozen_embeds is not None else texts,
-        build_objective(arguments, splits.class_counts, model.logit_scale.item()),
+        objective_for(sampler.class_distribution(len(prompts))),
         accelerator,
         num_classes=len(prompts),
         micro_batch_size=arguments.micro_batch_size,
@@ -168,6 +182,7 @@ def set_up_phase_a(
         steps_per_epoch=steps_per_epoch,
         total_steps=min(total_steps, arguments.max_steps or total_steps),
         highest_log_scale=max(math.log(100), model.clip.logit_scale.item()),
+        objective_for=objective_for,
     )
     if arguments.ema_decay is not None:
         setup.average = WeightAverage(setup.trained, arguments.ema_decay)
@@ -183,11 +198,19 @@ def copy_to_shard(clip: PreTrainedModel) -> PreTrainedModel:
     return clip
 
 
-def build_objective(arguments: PhaseAArguments, class_counts: np.ndarray, logit_scale: float) -> Objective:
-    """The loss that the arguments name.
+def build_objective(
+    arguments: PhaseAArguments, class_counts: np.ndarray, logit_scale: float, class_distribution: np.ndarray
+) -> Objective:
+    """The loss that the arguments name, for what the sampler draws.
 
-    LDAM's margins are lengths on the cosine, taken off the logits, so they are on the logits' scale: that of the
-    start, where the scale is trained too.
+    LDAM's margins are lengths on the cosine and are subtracted from the logits, so they are multiplied by the logit
+    scale: the initial one, where the scale is trained too.
+
+    Args:
+        arguments: `loss` and `label_smoothing`.
+        class_counts: (classes,) training images.
+        logit_scale: multiplier of the cosines.
+        class_distribution: (classes,) share of each class among the draws.
     """
     if arguments.loss == "contrastive":
         return Objective()
@@ -196,34 +219,11 @@ def build_objective(arguments: PhaseAArguments, class_counts: np.ndarray, logit_
         build_classification_loss(
             name,
             torch.as_tensor(np.asarray(class_counts)),
+            class_distribution=torch.as_tensor(class_distribution),
             label_smoothing=arguments.label_smoothing,
             ldam_scale=logit_scale,
         )
     )
-
-
-def build_sampler(labels: np.ndarray, arguments: PhaseAArguments, processes: int, seed: int) -> Any:
-    """The sampler that the arguments name, over whole global batches.
-
-    Raises:
-        ValueError: a batch size that the processes can't share evenly, or larger than an epoch.
-    """
-    from ..data import samplers
-
-    if arguments.batch_size % processes:
-        raise ValueError(
-            f"batch_size is {arguments.batch_size}, which {processes} processes can't share evenly: choose a multiple "
-            f"of {processes}, such as {max(1, arguments.batch_size // processes) * processes}."
-        )
-    common = {"multiple_of": arguments.batch_size, "seed": seed}
-    if arguments.sampler == "instance":
-        return samplers.InstanceSampler(labels, **common)
-    if arguments.sampler == "class_aware":
-        largest = int(np.unique(labels, return_counts=True)[1].max())
-        return samplers.ClassAwareSampler(labels, min(4, largest), **common)
-    if arguments.sampler == "power":
-        return samplers.PowerSampler(labels, 0.5, **common)
-    return samplers.ProgressiveSampler(labels, max(1, arguments.epochs), **common)
 
 
 def set_training_mode(setup: PhaseASetup, arguments: PhaseAArguments) -> None:
@@ -254,6 +254,14 @@ def make_plain(clip: PreTrainedModel, arguments: PhaseAArguments) -> None:
             tower._compiled_call_impl = None
     clip.requires_grad_(True)
     clip.eval()
+
+
+def _check_batch_size(batch_size: int, processes: int) -> None:
+    if batch_size % processes:
+        raise ValueError(
+            f"batch_size is {batch_size}, which is not a multiple of the {processes} processes: choose one, such as "
+            f"{max(1, batch_size // processes) * processes}."
+        )
 
 
 def _check_sharding(accelerator: Accelerator, arguments: PhaseAArguments) -> None:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..data.samplers import EpochSampler, build_sampler
 from ..features.fingerprints import encoder_fingerprint
 from ..features.scoring import GroupAccuracies, adapter_accuracies
 from ..features.table import FeatureTable
@@ -116,8 +115,7 @@ def train_phase_b(
     start = adapter_start(arguments.adapter_start, model.adapter.linear.weight, seed).to(device)
     logit_scale = model.logit_scale.item()
     stack = AdapterStack.start(start[None], [model.config.adapter_ratio], [arguments.learning_rate], [logit_scale])
-    batches = TableBatches(table, row_order(table, arguments, seed), arguments.rows_a_step(table.rows))
-    loss = phase_b_loss(arguments, table, logit_scale).to(device)
+    batches = TableBatches(table, phase_b_sampler(arguments, table, seed), arguments.rows_a_step(table.rows))
 
     result = PhaseBResult(views=table.views)
     best = _Best()
@@ -126,6 +124,7 @@ def train_phase_b(
     steps = batches.steps() if arguments.epochs else 0
     with tqdm(total=arguments.epochs * steps, desc="Phase B", unit="step", delay=2, disable=not progress) as bar:
         for epoch in range(1, arguments.epochs + 1):
+            loss = phase_b_loss(arguments, table, logit_scale, batches.class_distribution(epoch - 1)).to(device)
             losses = train_epoch(stack, batches, loss, arguments, on_step=bar.update)[:, 0]
             _check_finite(losses, epoch, arguments, steps)
             rate = arguments.learning_rate * decay(arguments, (epoch - 1) * steps, arguments.epochs * steps)
@@ -173,15 +172,24 @@ def check_table(model: BalladForImageClassification, table: FeatureTable) -> Non
         )
 
 
-def phase_b_loss(arguments: PhaseBArguments, table: FeatureTable, logit_scale: float) -> ClassificationLoss:
+def phase_b_loss(
+    arguments: PhaseBArguments, table: FeatureTable, logit_scale: float, class_distribution: torch.Tensor
+) -> ClassificationLoss:
     """The loss that the arguments name, for logits that are `logit_scale` times cosines.
 
-    LDAM's margins are lengths on the cosine. Its loss takes them off the logits, so they must be on the same scale:
-    at a scale of 100, a margin made for 30 would be 0.15 of a cosine in the place of 0.5.
+    LDAM's margins are lengths on the cosine. Its loss subtracts them from the logits, so they must be on the same
+    scale: at a scale of 100, a margin made for 30 would be 0.15 of a cosine instead of 0.5.
+
+    Args:
+        arguments: `loss` and `label_smoothing`.
+        table: its `class_counts` are the training images of each class.
+        logit_scale: multiplier of the cosines.
+        class_distribution: (classes,) share of each class among the rows that the sampler draws.
     """
     return build_classification_loss(
         arguments.loss,
         table.class_counts,
+        class_distribution=class_distribution,
         label_smoothing=arguments.label_smoothing,
         ldam_scale=logit_scale,
     )
@@ -205,25 +213,16 @@ def adapter_start(name: str, current: torch.Tensor, seed: int) -> torch.Tensor:
     return nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
 
 
-def row_order(table: FeatureTable, arguments: PhaseBArguments, seed: int) -> Callable[[int], np.ndarray]:
-    """The sampler that the arguments name, as a function of the epoch: (draws,) row numbers."""
-    from ..data import samplers
-
-    labels = table.labels.cpu().numpy()
-    sampler: samplers.EpochSampler
-    if arguments.sampler == "class_aware":
-        largest = int(table.labels.bincount().max())
-        sampler = samplers.ClassAwareSampler(labels, min(arguments.samples_per_class, largest), seed=seed)
-    elif arguments.sampler == "power":
-        sampler = samplers.PowerSampler(labels, power=arguments.sampler_power, seed=seed)
-    else:
-        sampler = samplers.ProgressiveSampler(labels, epochs=arguments.epochs, seed=seed)
-
-    def order(epoch: int) -> np.ndarray:
-        sampler.set_epoch(epoch)
-        return sampler.rows()
-
-    return order
+def phase_b_sampler(arguments: PhaseBArguments, table: FeatureTable, seed: int) -> EpochSampler:
+    """The sampler that the arguments name, over the rows of a table."""
+    return build_sampler(
+        arguments.sampler,
+        table.labels.cpu().numpy(),
+        samples_per_class=arguments.samples_per_class,
+        power=arguments.sampler_power,
+        epochs=arguments.epochs,
+        seed=seed,
+    )
 
 
 def kept_close(table: FeatureTable, device: torch.device) -> FeatureTable:

@@ -27,7 +27,7 @@ from ..features.table import FeatureTable
 from .adapter_stack import AdapterStack, TableBatches, train_epoch
 from .arguments import PhaseBArguments
 from .losses import CLASSIFICATION_LOSSES
-from .phase_b import adapter_start, apply_adapter, check_table, kept_close, phase_b_loss, row_order
+from .phase_b import adapter_start, apply_adapter, check_table, kept_close, phase_b_loss, phase_b_sampler
 
 
 if TYPE_CHECKING:
@@ -297,8 +297,9 @@ def move_ratio(
 class _Group:
     """Trials that share their batches and their loss, and the stack that trains them."""
 
-    def __init__(self, trials: list[Trial], arguments: PhaseBArguments, batches: TableBatches, loss, device):
-        self.trials, self.arguments, self.batches, self.loss = trials, arguments, batches, loss
+    def __init__(self, trials: list[Trial], arguments: PhaseBArguments, batches: TableBatches, device: torch.device):
+        self.trials, self.arguments, self.batches, self.device = trials, arguments, batches, device
+        self.logit_scale = trials[0].logit_scale  # of LDAM's margins; the other losses have no use for it
         rates = [trial.settings.get("learning_rate", arguments.learning_rate) for trial in trials]
         self.stack = AdapterStack.start(
             torch.stack([trial.weight for trial in trials]).to(device),
@@ -308,7 +309,9 @@ class _Group:
         )
 
     def train(self, on_step: Callable[[], object]) -> None:
-        losses = train_epoch(self.stack, self.batches, self.loss, self.arguments, on_step)  # (steps, trials)
+        distribution = self.batches.class_distribution(self.stack.epoch)
+        loss = phase_b_loss(self.arguments, self.batches.table, self.logit_scale, distribution).to(self.device)
+        losses = train_epoch(self.stack, self.batches, loss, self.arguments, on_step)  # (steps, trials)
         finite = torch.isfinite(losses).all(dim=0).tolist()
         for trial, is_finite in zip(self.trials, finite, strict=True):
             trial.epochs += 1
@@ -370,10 +373,9 @@ def _groups(
         sampled = {} if power is None else {"sampler": "power", "sampler_power": power}
         own = dataclasses.replace(arguments, loss=loss_name, **sampled)
         if power not in batches:
-            batches[power] = TableBatches(table, row_order(table, own, seed), batch_size)
-        loss = phase_b_loss(own, table, members[0].logit_scale).to(device)
+            batches[power] = TableBatches(table, phase_b_sampler(own, table, seed), batch_size)
         for start in range(0, len(members), most):
-            groups.append(_Group(members[start : start + most], own, batches[power], loss, device))
+            groups.append(_Group(members[start : start + most], own, batches[power], device))
     return groups
 
 
