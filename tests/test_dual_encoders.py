@@ -129,6 +129,27 @@ def test_a_family_of_transformers_keeps_its_own_logits(family, tiny_clip, tmp_pa
 
 
 @pytest.mark.parametrize("family", ["siglip", "siglip2"])
+@pytest.mark.parametrize("gives_mask", [True, False])
+def test_siglip_is_right_in_the_stock_pipeline_whoever_pads(family, gives_mask, tiny_clip):
+    """transformers pads to a fixed length for models of the type "siglip" alone, so the model has to."""
+    own = tiny_model(family, tiny_clip.tokenizer)
+    tokenizer = tokenizer_for(family, tiny_clip.tokenizer)
+    labels = ["cat", "a dog and another dog", "owl"]
+    tokens = tokenizer(labels, padding="max_length", max_length=77, return_tensors="pt")
+    pictures = tiny_pictures(family)
+    with torch.no_grad():
+        expected = own(**pictures, **tokens).logits_per_image
+    model = BalladForImageClassification.from_dual_encoder(own, CLASS_NAMES, tokenizer)
+    used = tiny_clip.tokenizer if gives_mask else tokenizer
+    for texts in ([0, 1, 2], [0, 2]):  # the latter are of one length, where no mask could tell the padding
+        given = used([labels[index] for index in texts], padding=True, return_tensors="pt")
+        assert ("attention_mask" in given) == gives_mask
+        with torch.no_grad():
+            logits = model(**pictures, **given).logits_per_image
+        torch.testing.assert_close(logits, expected[:, texts], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["siglip", "siglip2"])
 def test_siglips_scale_and_bias_are_respected(family, tiny_clip, tmp_path):
     tokenizer = tokenizer_for(family, tiny_clip.tokenizer)
     folder = saved(tiny_model(family, tokenizer), tokenizer, tmp_path)

@@ -1,12 +1,22 @@
 import logging
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForImageClassification, AutoModelForZeroShotImageClassification, CLIPModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    CLIPModel,
+    pipeline,
+)
 
 from ballad_hf import BalladConfig, BalladForImageClassification
-from ballad_hf.models.modeling_ballad import LinearAdapter
+from ballad_hf.models.modeling_ballad import BalladModel, LinearAdapter
 
 from .conftest import CLASS_NAMES
 
@@ -203,3 +213,114 @@ def test_the_config_never_aliases_a_default():
     first, second = BalladConfig(), BalladConfig()
     first.id2label[0] = "changed"
     assert second.id2label[0] == "LABEL_0"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["cast", "load", "from_clip"])
+def test_a_scale_of_100_stays_100_in_half_precision(tiny_ballad, tiny_clip, tmp_path, dtype, way):
+    with torch.no_grad():
+        tiny_ballad.clip.logit_scale.fill_(math.log(100))
+    if way == "cast":
+        model = tiny_ballad.to(dtype)
+    elif way == "load":
+        tiny_ballad.save_pretrained(tmp_path)
+        model = BalladForImageClassification.from_pretrained(tmp_path, dtype=dtype)
+    else:
+        for part in (tiny_ballad.clip, tiny_clip.tokenizer):
+            part.save_pretrained(tmp_path)
+        model = BalladForImageClassification.from_clip(tmp_path, CLASS_NAMES, dtype=dtype)
+    assert model.logit_scale.item() == pytest.approx(100, rel=1e-5)
+    assert model.dtype == model.clip.visual_projection.weight.dtype == model.adapter.linear.weight.dtype == dtype
+    assert model.class_embeds.dtype == torch.float32
+
+
+def test_one_class_has_a_probability_of_one_in_the_stock_pipeline(tiny_ballad, tiny_clip):
+    tiny_ballad.set_class_names(["cat"], tiny_clip.tokenizer)
+    classify = pipeline("image-classification", model=tiny_ballad, image_processor=tiny_clip.image_processor)
+    assert classify(Image.new("RGB", (40, 32))) == [{"label": "cat", "score": pytest.approx(1, abs=1e-6)}]
+
+
+def test_auto_model_and_its_pipeline_give_adapted_features(tiny_ballad, tiny_clip, pixels, tmp_path, caplog):
+    for part in (tiny_ballad, tiny_clip.image_processor):
+        part.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        model = AutoModel.from_pretrained(tmp_path)
+    assert type(model) is BalladModel
+    assert caplog.text == ""
+    expected = tiny_ballad.get_image_features(pixels).pooler_output
+    torch.testing.assert_close(model(pixels).pooler_output, expected)
+    extract = pipeline("image-feature-extraction", model=str(tmp_path))
+    image = Image.new("RGB", (40, 32), (200, 30, 90))
+    pixel_values = tiny_clip.image_processor(image, return_tensors="pt").pixel_values
+    expected = tiny_ballad.get_image_features(pixel_values).pooler_output
+    torch.testing.assert_close(torch.tensor(extract(image, pool=True)), expected.detach())
+
+
+def test_auto_processor_feeds_the_model(tiny_ballad, tiny_clip, tmp_path):
+    for part in (tiny_ballad, tiny_clip.tokenizer, tiny_clip.image_processor):
+        part.save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    inputs = processor(text=["a cat", "an owl"], images=Image.new("RGB", (40, 32)), padding=True, return_tensors="pt")
+    assert tiny_ballad(**inputs).logits_per_image.shape == (1, 2)
+    tiny_ballad.remove_text_tower()
+    tiny_ballad.save_pretrained(tmp_path / "small")
+    tiny_clip.image_processor.save_pretrained(tmp_path / "small")
+    processor = AutoProcessor.from_pretrained(tmp_path / "small")
+    assert tiny_ballad(**processor(Image.new("RGB", (40, 32)), return_tensors="pt")).logits.shape == (1, 5)
+
+
+def test_peft_trains_and_merges_updates_of_both_towers(tiny_ballad, pixels, tmp_path):
+    peft = pytest.importorskip("peft")
+    tiny_ballad.save_pretrained(tmp_path / "base")
+    before = tiny_ballad(pixels).logits
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(tiny_ballad, config)
+    torch.testing.assert_close(model(pixel_values=pixels).logits, before)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    for _ in range(2):
+        model(pixel_values=pixels, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
+        optimizer.step()
+    after = model.eval()(pixel_values=pixels).logits
+    assert (after - before).abs().max() > 1e-3
+    model.save_pretrained(tmp_path / "updates")
+    base = BalladForImageClassification.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "updates")
+    torch.testing.assert_close(again(pixel_values=pixels).logits, after)
+    again.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = BalladForImageClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(pixels).logits, after, rtol=1e-4, atol=1e-4)
+
+
+def test_loading_with_another_number_of_labels_asks_for_their_names(tiny_ballad, tiny_clip, pixels, tmp_path):
+    tiny_ballad.config.class_counts = [9, 5, 3, 2, 1]
+    tiny_ballad.save_pretrained(tmp_path)
+    given = {"ignore_mismatched_sizes": True, "num_labels": 3}
+    names = ["ant", "bee", "cow"]
+    for labels in ({}, {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}):
+        model = AutoModelForImageClassification.from_pretrained(tmp_path, **given, **labels)
+        with pytest.raises(ValueError, match="set_class_names"):
+            model(pixels)
+        model.set_class_names(names, tiny_clip.tokenizer)
+        assert model(pixels).logits.shape == (4, 3)
+        assert model.config.class_counts is None
+        model.config.validate()
+
+
+@pytest.mark.parametrize(
+    "labels", [{"0": "lynx"}, {1: "cat", 2: "dog"}, {0: "cat"}, {**dict(enumerate(CLASS_NAMES)), 5: "tram"}]
+)
+def test_labels_that_were_edited_by_hand_name_the_remedy(tiny_ballad, pixels, labels):
+    tiny_ballad.config.id2label = labels
+    with pytest.raises(ValueError, match="set_class_names"):
+        tiny_ballad(pixels)
+
+
+@pytest.mark.parametrize("name", ["adapter.linear.weight", "class_embeds", "clip.visual_projection.weight"])
+def test_weights_that_are_missing_from_a_saved_model_are_named(tiny_ballad, tmp_path, name):
+    tiny_ballad.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state[name]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks weights of a BALLAD model: {name}.*download or save it again"):
+        BalladForImageClassification.from_pretrained(tmp_path)

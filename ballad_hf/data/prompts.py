@@ -58,11 +58,11 @@ class ClassPrompts:
         self.input_ids = tokens["input_ids"].to(torch.int32)
         mask = tokens.get("attention_mask")
         self._mask = None if mask is None else mask.to(torch.int8)
-        # A tower that was trained on one length keeps it; so does a tokenizer that gives no mask.
+        # A text tower of a fixed length gets no mask and keeps its length; so does a tokenizer without a mask.
         full = self.input_ids.shape[1]
         # (prompts,): positions up to the last token that is not padding
         self._lengths = torch.full((len(self.input_ids),), full)
-        if self._mask is not None and "siglip" not in clip_config.model_type:
+        if self._mask is not None:
             self._lengths = (self._mask * torch.arange(1, full + 1)).amax(dim=-1)
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ from ..models import modeling_ballad
 _MODEL = "modeling_ballad.BalladForImageClassification"
 AUTO_MAP = {
     "AutoConfig": "configuration_ballad.BalladConfig",
+    "AutoModel": "modeling_ballad.BalladModel",
     "AutoModelForImageClassification": _MODEL,
     "AutoModelForZeroShotImageClassification": _MODEL,
 }

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from ..models.label_bank import tokenize_prompts
+from ..models.label_bank import is_fixed_length, tokenize_prompts
 from ..models.modeling_ballad import BalladForImageClassification
 
 
@@ -181,8 +181,7 @@ def _export_text_side(model: BalladForImageClassification, tokenizer: PreTrained
     file = folder / TEXT_FILE
     longest = model.clip.config.text_config.max_position_embeddings
     texts = torch.export.Dim("texts", min=1)
-    fixed = "siglip" in model.clip.config.model_type  # padded to one length always
-    length = {} if fixed else {1: torch.export.Dim("length", min=2, max=longest)}
+    length = {} if is_fixed_length(model.clip.config) else {1: torch.export.Dim("length", min=2, max=longest)}
     shapes = {name: {0: texts, **length} for name in ("input_ids", "attention_mask")}
     _export(encoder, _tokens(["a cat", "a dog on a sofa"], tokenizer, model), shapes, "text_embeds", file)
     for prompts in (["a tram"], ["an owl in the dark", "a cat", "a red fox that looks at you"]):

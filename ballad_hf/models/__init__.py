@@ -9,11 +9,12 @@ from transformers import (
 
 from .configuration_ballad import BalladConfig
 from .configuration_clip_resnet import CLIPResNetConfig, CLIPResNetVisionConfig
-from .modeling_ballad import BalladForImageClassification
+from .modeling_ballad import BalladForImageClassification, BalladModel
 from .modeling_clip_resnet import CLIPResNetModel, CLIPResNetVisionModel
 
 
 AutoConfig.register("ballad", BalladConfig, exist_ok=True)
+AutoModel.register(BalladConfig, BalladModel, exist_ok=True)
 AutoModelForImageClassification.register(BalladConfig, BalladForImageClassification, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(BalladConfig, BalladForImageClassification, exist_ok=True)
 

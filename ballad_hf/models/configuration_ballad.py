@@ -62,6 +62,10 @@ class BalladConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.clip_config = _as_config(self.clip_config)
+        if self.id2label is not None and kwargs.get("num_labels") not in (None, len(self.id2label)):
+            # `from_pretrained(..., num_labels=3)` on a model of other classes: what belongs to those goes.
+            self.class_counts = self.class_descriptions = self.target_prior = self.label_bank_fingerprint = None
+            self.source_prior = "uniform"
         super().__post_init__(**kwargs)
         # label2id is always derived: a missing one, or one left from other names, would disagree in silence.
         self.label2id = {name: index for index, name in self.id2label.items()}
@@ -71,8 +75,23 @@ class BalladConfig(PreTrainedConfig):
 
     @property
     def class_names(self) -> list[str]:
-        """The class names in label order."""
-        return [self.id2label[index] for index in range(self.num_labels)]
+        """The class names in label order.
+
+        Raises:
+            ValueError: `id2label` was edited and its keys are not 0 to n - 1.
+        """
+        names = {int(index): name for index, name in self.id2label.items()}
+        if sorted(names) != list(range(len(names))):
+            raise ValueError(
+                f"The keys of id2label are {sorted(names)[:10]}, but must be 0 to {len(names) - 1}: call "
+                "model.set_class_names(names, tokenizer) instead of editing the config."
+            )
+        return [names[index] for index in range(len(names))]
+
+    @property
+    def processor_class(self) -> str | None:
+        """What `AutoProcessor` loads from a model directory: any image processor and tokenizer, side by side."""
+        return "CLIPProcessor" if self.has_text_tower else None
 
     @property
     def projection_dim(self) -> int:

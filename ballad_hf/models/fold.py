@@ -55,4 +55,5 @@ def fold_adapter(clip: PreTrainedModel, adapter_weight: torch.Tensor, config: Ba
         target.bias.copy_(mixed @ projection.bias.detach().cpu().double())  # (dim,)
     if config.logit_scale is not None:
         folded.logit_scale.fill_(math.log(config.logit_scale))
+    folded.logit_scale.data = folded.logit_scale.to(target.weight.dtype)  # a stock model has one dtype
     return folded

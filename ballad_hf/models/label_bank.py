@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .configuration_ballad import check_templates
+from .configuration_ballad import BalladConfig, check_templates
 
 
 logger = logging.get_logger(__name__)
@@ -41,6 +41,15 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     if repeated:
         raise ValueError(f"Class names must differ, but these occur more than once: {', '.join(repeated)}.")
     return names
+
+
+def check_text_tower(config: BalladConfig) -> None:
+    """Raise a `ValueError` for a model without its text tower."""
+    if not config.has_text_tower:
+        raise ValueError(
+            "This model was saved without its text tower, so it can't encode text: it serves its stored classes. "
+            "Load the full model, or use remove_classes to serve fewer."
+        )
 
 
 def check_descriptions(descriptions: Mapping[str, Sequence[str]], class_names: Sequence[str]) -> dict[str, list[str]]:
@@ -101,6 +110,8 @@ def text_parameters(clip: nn.Module) -> list[nn.Parameter]:
     ]
     while waiting:
         module = waiting.pop()
+        # A layer of peft, whose own weights change nothing until they are merged.
+        module = module._modules.get("base_layer") or module
         found.extend(parameter for parameter in module._parameters.values() if parameter is not None)
         waiting.extend(child for child in module._modules.values() if child is not None)
     return found
@@ -164,6 +175,37 @@ def text_weights_state(clip: nn.Module) -> tuple:
     )
 
 
+def is_fixed_length(clip_config: PreTrainedConfig) -> bool:
+    """Whether the text tower pools the last of a fixed number of positions, as SigLIP's does.
+
+    Such a tower was trained without a mask, so the padding is a part of its input.
+    """
+    return "siglip" in clip_config.model_type
+
+
+def pad_as_trained(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, clip_config: PreTrainedConfig
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Token ids and mask as the text tower saw them in training, whoever made them.
+
+    Args:
+        input_ids: (texts, length), padded on the right to any length.
+        attention_mask: (texts, length), or `None`.
+        clip_config: of the dual encoder.
+    """
+    if not is_fixed_length(clip_config):
+        return input_ids, attention_mask
+    text = clip_config.text_config
+    missing = max(0, text.max_position_embeddings - input_ids.shape[1])
+    return F.pad(input_ids, (0, missing), value=text.pad_token_id), None  # (texts, positions)
+
+
+def remember_padding(clip_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep the tokenizer's padding token in the config, where `pad_as_trained` looks for it."""
+    if is_fixed_length(clip_config) and tokenizer.pad_token_id is not None:
+        clip_config.text_config.pad_token_id = tokenizer.pad_token_id
+
+
 def tokenize_prompts(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, clip_config: PreTrainedConfig
 ) -> dict[str, torch.Tensor]:
@@ -172,8 +214,7 @@ def tokenize_prompts(
     A prompt that is too long for the text tower is cut, with a warning that names it.
     """
     max_length = min(tokenizer.model_max_length, clip_config.text_config.max_position_embeddings)
-    # SigLIP pools the last position and saw 64 tokens in training, so its padding is part of the input.
-    padding = "max_length" if "siglip" in clip_config.model_type else "longest"
+    padding = "max_length" if is_fixed_length(clip_config) else "longest"
     tokens = tokenizer(list(prompts), padding=padding, truncation=True, max_length=max_length, return_tensors="pt")
     encodings = tokens.encodings or ()
     cut = [prompt for prompt, encoding in zip(prompts, encodings, strict=False) if encoding.overflowing]
@@ -183,7 +224,10 @@ def tokenize_prompts(
             f"{len(cut)} prompts are longer than the {max_length} tokens that the text tower reads, and were cut: "
             f"{shown}"
         )
-    return {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
+    input_ids, mask = tokens["input_ids"], tokens.get("attention_mask")
+    if mask is None or is_fixed_length(clip_config):
+        return {"input_ids": input_ids}
+    return {"input_ids": input_ids, "attention_mask": mask}
 
 
 @torch.no_grad()

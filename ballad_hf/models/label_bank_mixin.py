@@ -13,8 +13,10 @@ from .configuration_ballad import BalladConfig
 from .label_bank import (
     check_class_names,
     check_descriptions,
+    check_text_tower,
     encode_class_prompts,
     names_fingerprint,
+    remember_padding,
     text_weights_fingerprint,
     text_weights_fit,
     text_weights_state,
@@ -88,9 +90,12 @@ class LabelBankMixin:
             kept = self.config.class_descriptions or {}
             descriptions = {name: texts for name, texts in kept.items() if name in set(names)}
         descriptions = check_descriptions(descriptions, names)
-        self._check_text_tower()
+        check_text_tower(self.config)
+        remember_padding(self.clip.config, tokenizer)
         class_embeds = encode_class_prompts(self.clip, tokenizer, names, templates, batch_size, descriptions)
-        if names != self.config.class_names:  # counts and priors of other classes would shift the wrong logits
+        counts = self.config.class_counts
+        # Counts and priors of other classes would shift the wrong logits.
+        if list(self.config.id2label.values()) != names or (counts is not None and len(counts) != len(names)):
             self.config.class_counts = None
             self._drop_prior_by_class()
         self._write_bank(names, templates, descriptions, class_embeds)
@@ -122,7 +127,8 @@ class LabelBankMixin:
         if len(counts) != len(new):
             raise ValueError(f"class_counts has {len(counts)} entries for {len(new)} new classes.")
         old_embeds = self.stored_class_embeds()
-        self._check_text_tower()
+        check_text_tower(self.config)
+        remember_padding(self.clip.config, tokenizer)
         embeds = encode_class_prompts(self.clip, tokenizer, new, self.config.templates, batch_size, own)
         if self.config.class_counts is not None:
             counts = list(self.config.class_counts) + counts
@@ -183,14 +189,17 @@ class LabelBankMixin:
         """
         config = self.config
         target = config.target_prior if target_prior is None else _as_plain_prior(target_prior)
+        if config.num_labels == 1 and not hasattr(self.clip, "logit_bias"):
+            # Softmax over one class is 1 whatever is added, but transformers' pipeline takes a sigmoid.
+            return torch.tensor(2 * self.clip.logit_scale.exp().item() + 20, device=self.class_embeds.device)
         if target is None:
             return None
         counts = config.class_counts
         key = (_hashable(target), _hashable(config.source_prior), _hashable(counts), config.num_labels)
-        if self._shift_cached is None or self._shift_cached[0] != key:
-            shift = prior_shift(target, config.num_labels, counts, config.source_prior)
-            self._shift_cached = (key, shift)
-        return self._shift_cached[1].to(self.class_embeds.device)
+        cached = self._shift_cached  # read once: another thread may replace it
+        if cached is None or cached[0] != key:
+            cached = self._shift_cached = (key, prior_shift(target, config.num_labels, counts, config.source_prior))
+        return cached[1].to(self.class_embeds.device)
 
     def _what_the_bank_must_fit(self) -> tuple:
         config = self.config
@@ -217,13 +226,6 @@ class LabelBankMixin:
             raise ValueError(
                 "The text tower has changed since the stored class embeddings were made (it was trained, merged or "
                 "loaded anew): call model.set_class_names(model.config.class_names, tokenizer) to make them again."
-            )
-
-    def _check_text_tower(self) -> None:
-        if not self.config.has_text_tower:
-            raise ValueError(
-                "This model was saved without its text tower, so it can't encode new class names: it serves its "
-                "stored classes. Load the full model, or use remove_classes to serve fewer."
             )
 
     def _write_bank(

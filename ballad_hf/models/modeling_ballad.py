@@ -9,6 +9,7 @@ and an image's logits are `scale * cos(f', t_c)` over the text embeddings `t_c` 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -23,13 +24,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
 from .configuration_ballad import BalladConfig
-from .label_bank import check_class_names
+from .label_bank import check_class_names, check_text_tower, pad_as_trained
 from .label_bank_mixin import LabelBankMixin
 from .prior import Prior
 from .vision_only import remove_text_tower
 
 
 logger = logging.get_logger(__name__)
+
+HALF_PRECISION = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    torch.float16: torch.float16,
+    torch.bfloat16: torch.bfloat16,
+}
 
 
 @dataclass
@@ -67,6 +75,8 @@ class LinearAdapter(nn.Module):
 
 
 class BalladPreTrainedModel(PreTrainedModel):
+    """The dual encoder and the adapter, which all BALLAD models share, with their features."""
+
     config_class = BalladConfig
     base_model_prefix = "clip"
     main_input_name = "pixel_values"
@@ -75,8 +85,74 @@ class BalladPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    # A plain CLIP checkpoint has neither; both have a rule below.
-    _keys_to_ignore_on_load_missing = [r"adapter\.", r"class_embeds"]
+    # Rounded to bfloat16, the logarithm of a scale of 100 becomes that of 99.
+    _keep_in_fp32_modules_strict = ["logit_scale", "logit_bias", "class_embeds"]
+
+    def __init__(self, config: BalladConfig):
+        super().__init__(config)
+        self.clip = build_dual_encoder(config.clip_config)
+        if not config.has_text_tower:
+            remove_text_tower(self.clip)
+        self.adapter = LinearAdapter(config.projection_dim)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """Load a saved model; the arguments are those of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: weights are missing. transformers would initialise them and only log a warning.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks weights of a BALLAD model: "
+                f"{', '.join(sorted(info['missing_keys']))}. If it is a damaged copy, download or save it again; if "
+                "it is a plain dual encoder such as CLIP, use BalladForImageClassification.from_clip."
+            )
+        return (model, info) if output_loading_info else model
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Image features after projection and adapter, not normalised, in `.pooler_output`: (batch, dim).
+
+        The features before the adapter are `model.clip.get_image_features(pixel_values).pooler_output`.
+        """
+        output = self.clip.get_image_features(pixel_values=pixel_values, **kwargs)
+        output.pooler_output = self.adapter(output.pooler_output, self.config.adapter_ratio)
+        return output
+
+    def get_text_features(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Text features after projection, not normalised, in `.pooler_output`: (texts, dim).
+
+        SigLIP's fixed length and missing mask are seen to here, however the texts were padded.
+
+        Raises:
+            ValueError: the text tower was removed.
+        """
+        check_text_tower(self.config)
+        ids, mask = pad_as_trained(input_ids, attention_mask, self.clip.config)
+        return self.clip.get_text_features(input_ids=ids, attention_mask=mask, **kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights; the logit scale and the class embeddings are always float32."""
+        return self.adapter.linear.weight.dtype
+
+    def _apply(self, fn, recurse=True):
+        """Move or cast everything, but keep what must be float32 out of half precision."""
+        kept = {name: tensor.data for name, tensor in self._named_tensors() if self._is_kept_in_float32(name)}
+        super()._apply(fn, recurse)
+        for name, tensor in self._named_tensors():
+            if name in kept and tensor.dtype in (torch.float16, torch.bfloat16):
+                tensor.data = kept[name].to(tensor.device, torch.float32)
+        return self
+
+    def _named_tensors(self):
+        return itertools.chain(self.named_parameters(), self.named_buffers())
+
+    def _is_kept_in_float32(self, name: str) -> bool:
+        return name.rpartition(".")[2] in type(self)._keep_in_fp32_modules_strict
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -90,8 +166,46 @@ class BalladPreTrainedModel(PreTrainedModel):
             init.zeros_(module.class_embeds)
 
 
+class BalladModel(BalladPreTrainedModel):
+    """The dual encoder with the adapter, for features: what `AutoModel` and `image-feature-extraction` load.
+
+    It reads the same checkpoints as [`BalladForImageClassification`] and ignores the class embeddings.
+
+    Example:
+
+    >>> import torch
+    >>> from ballad_hf import BalladConfig
+    >>> from ballad_hf.models.modeling_ballad import BalladModel
+    >>> from transformers import CLIPConfig
+    >>> tiny = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    >>> vision = {**tiny, "image_size": 32, "patch_size": 8}
+    >>> config = BalladConfig(clip_config=CLIPConfig(vision_config=vision, text_config=tiny, projection_dim=16))
+    >>> tuple(BalladModel(config)(torch.zeros(2, 3, 32, 32)).pooler_output.shape)
+    (2, 16)
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^class_embeds$"]
+
+    def __init__(self, config: BalladConfig):
+        super().__init__(config)
+        self.post_init()
+
+    def forward(
+        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Image features, as `get_image_features` returns them.
+
+        Args:
+            pixel_values: (batch, channels, height, width), as the image processor makes them.
+            return_dict: `False` for a tuple.
+            kwargs: passed to the image tower, such as `interpolate_pos_encoding`.
+        """
+        output = self.get_image_features(pixel_values, **kwargs)
+        return output if return_dict is not False else output.to_tuple()
+
+
 class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
-    """A dual encoder, the adapter, and a label bank of class embeddings.
+    """A dual encoder, the adapter, and the class embeddings.
 
     Without text, `forward` scores the stored classes and the text tower does not run. With `input_ids` it is a
     zero-shot model. Both stock pipelines of transformers, image classification and zero-shot, take it.
@@ -112,11 +226,8 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
 
     def __init__(self, config: BalladConfig):
         super().__init__(config)
-        self.clip = build_dual_encoder(config.clip_config)
-        if not config.has_text_tower:
-            remove_text_tower(self.clip)
-        self.adapter = LinearAdapter(config.projection_dim)
-        self.register_buffer("class_embeds", torch.zeros(config.num_labels, config.projection_dim))
+        class_embeds = torch.zeros(config.num_labels, config.projection_dim, dtype=torch.float32)
+        self.register_buffer("class_embeds", class_embeds)
         self.post_init()
 
     def forward(
@@ -164,30 +275,10 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Image features after projection and adapter, not normalised, in `.pooler_output`: (batch, dim).
-
-        The features before the adapter are `model.clip.get_image_features(pixel_values).pooler_output`.
-        """
-        output = self.clip.get_image_features(pixel_values=pixel_values, **kwargs)
-        output.pooler_output = self.adapter(output.pooler_output, self.config.adapter_ratio)
-        return output
-
-    def get_text_features(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
-        """Text features after projection, not normalised, in `.pooler_output`: (texts, dim).
-
-        Raises:
-            ValueError: the text tower was removed.
-        """
-        self._check_text_tower()
-        return self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-
     def similarity(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         """`scale * cosine (+ bias)` in float32 whatever the autocast: (batch, classes)."""
         with torch.autocast(image_embeds.device.type, enabled=False):
-            logits = self.logit_scale.float() * (image_embeds.float() @ text_embeds.float().T)
+            logits = self.logit_scale * (image_embeds.float() @ text_embeds.float().T)
             bias = getattr(self.clip, "logit_bias", None)  # SigLIP has one
             return logits if bias is None else logits + bias.float()
 
@@ -196,7 +287,7 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
         """The multiplier of the cosines: the fixed one of the config, else the dual encoder's own (not its log)."""
         if self.config.logit_scale is not None:
             return torch.tensor(float(self.config.logit_scale), device=self.class_embeds.device)
-        return self.clip.logit_scale.exp()
+        return self.clip.logit_scale.float().exp()
 
     @classmethod
     def from_clip(
@@ -229,10 +320,13 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
         """
         from .dual_encoders import hub_arguments, load_dual_encoder, load_tokenizer
 
+        dtype = kwargs.get("dtype")
+        if dtype in HALF_PRECISION:  # cast at the end, as loading would round the logit scale too
+            kwargs["dtype"] = torch.float32
         clip = load_dual_encoder(pretrained_model_name_or_path, **kwargs)
-        if class_names is not None and tokenizer is None:
+        if tokenizer is None and class_names is not None:
             tokenizer = load_tokenizer(pretrained_model_name_or_path, clip.config, **hub_arguments(kwargs))
-        return cls.from_dual_encoder(
+        model = cls.from_dual_encoder(
             clip,
             class_names=class_names,
             tokenizer=tokenizer,
@@ -241,6 +335,7 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
             adapter_init=adapter_init,
             logit_scale=logit_scale,
         )
+        return model.to(HALF_PRECISION[dtype]) if dtype in HALF_PRECISION else model
 
     @classmethod
     def from_dual_encoder(
@@ -255,7 +350,8 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
         names = check_class_names(class_names) if class_names is not None else None
         if names is not None:
             values["id2label"] = dict(enumerate(names))
-        model = cls._from_config(BalladConfig(clip_config=clip.config, **values), dtype=clip.dtype)
+        dtype = next(clip.vision_model.parameters()).dtype
+        model = cls._from_config(BalladConfig(clip_config=clip.config, **values), dtype=dtype)
         model.clip = clip
         model.to(clip.device).eval()
         if names is None:

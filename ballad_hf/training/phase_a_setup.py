@@ -190,11 +190,12 @@ def set_up_phase_a(
 
 
 def copy_to_shard(clip: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the dual encoder that FSDP can shard: single numbers become rows of one, with nothing else to cut."""
+    """A copy of the dual encoder that FSDP can shard: single numbers become rows of one, all of one dtype."""
     clip = copy.deepcopy(clip)
+    dtype = next(clip.vision_model.parameters()).dtype  # the logit scale is float32 beside half precision
     for name, parameter in list(clip.named_parameters(recurse=False)):
-        if parameter.ndim == 0:
-            setattr(clip, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
+        if parameter.numel() == 1:
+            setattr(clip, name, nn.Parameter(parameter.detach().reshape(1).to(dtype), parameter.requires_grad))
     return clip
 
 

@@ -57,7 +57,7 @@ class TrainableTowers(nn.Module):
         if input_ids is not None:
             text = self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
         elif pooled_text is not None:
-            text = self.clip.text_projection(pooled_text)
+            text = text_projection(self.clip)(pooled_text)
         return TowerFeatures(image, text, self._logit_scale())
 
     def _logit_scale(self) -> torch.Tensor:
@@ -83,6 +83,12 @@ def class_embeddings(text_features: torch.Tensor, prompt_counts: torch.Tensor) -
     owner = torch.repeat_interleave(prompt_counts, output_size=len(embeds))  # (prompts,) class of each
     sums = embeds.new_zeros(classes, embeds.shape[1]).index_add(0, owner, embeds)
     return F.normalize(sums, dim=-1)  # the mean has the same direction
+
+
+def text_projection(clip: PreTrainedModel) -> nn.Module:
+    """The last linear map of the text side; SigLIP's is the head of its text tower."""
+    projection = getattr(clip, "text_projection", None)
+    return clip.text_model.head if projection is None else projection
 
 
 class TextShare(NamedTuple):
@@ -143,11 +149,14 @@ class ClassTexts:
     @torch.no_grad()
     def keep_pooled(self, clip: PreTrainedModel) -> None:
         """Run the text tower over all prompts once and keep what its projection takes; for a frozen tower."""
-        pooled = []
+        pooled: list[torch.Tensor] = []
+        # What the projection is called with, as families pool differently: at the end token, the first or the last.
+        hook = text_projection(clip).register_forward_pre_hook(lambda _, given: pooled.append(given[0]))
         every_class = torch.arange(len(self.prompts))
         for classes in every_class.split(_cuts(self.prompts.counts, self.piece or 256)):
             tokens = {name: value.to(self.device) for name, value in self.prompts.batch(classes).items()}
-            pooled.append(clip.text_model(**tokens).pooler_output)
+            clip.get_text_features(**tokens)
+        hook.remove()
         self._pooled = torch.cat(pooled)  # (prompts, hidden)
 
     def _cuts(self, shares: torch.Tensor) -> list[int]:
