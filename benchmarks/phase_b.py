@@ -160,7 +160,7 @@ def sweep_against_single_runs(
     started = seconds(device)
     for number in range(single_runs):
         model.config.adapter_ratio = space.ratios[number % 10]
-        train_phase_b(model, table, arguments, validation=validation, device=device, progress=False)
+        train_phase_b(model, table, arguments, eval_table=validation, device=device, progress=False)
     single = (seconds(device) - started) / max(1, single_runs)
     started = seconds(device)
     result = sweep_phase_b(model, table, validation, space, arguments, device=device, progress=False)

@@ -49,7 +49,7 @@ class SweepArguments:
 
     model: str = field(metadata={"help": "folder of a bundle, or its name on the Hub"})
     output_dir: str = field(default="", metadata={"help": "a new folder; else outputs/sweep/NAME"})
-    most_points: int | None = field(default=None, metadata={"help": "draw so many settings of the grid, not all"})
+    max_settings: int | None = field(default=None, metadata={"help": "train that many settings, drawn from the grid"})
     halving: bool = field(default=False, metadata={"help": "drop the weaker half after epochs 1, 2, 4, ..."})
     ratio_only: bool = field(default=False, metadata={"help": "train nothing: move the ratio of the adapter it has"})
     by: Literal["mean_class", "overall", "many", "medium", "few"] = field(
@@ -71,8 +71,10 @@ class SweepArguments:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}: give an accuracy as a fraction from 0 to 1.")
-        if self.most_points is not None and self.most_points < 1:
-            raise ValueError(f"most_points is {self.most_points}: give 1 or more, or leave it out for the whole grid.")
+        if self.max_settings is not None and self.max_settings < 1:
+            raise ValueError(
+                f"max_settings is {self.max_settings}: give 1 or more, or leave it out for the whole grid."
+            )
         if self.batch_size < 1 or self.num_workers < 0:
             raise ValueError(
                 f"batch_size is {self.batch_size} and num_workers {self.num_workers}: give 1 and 0, or more."
@@ -125,7 +127,7 @@ def main(command_line: Sequence[str] | None = None) -> Path:
             tables["validation"],
             space,
             phase_b,
-            most_points=options.most_points,
+            max_settings=options.max_settings,
             halving=options.halving,
             seed=options.seed,
             device=accelerator.device,
