@@ -33,7 +33,7 @@ from heads import compare_heads
 
 from ballad_hf import BalladForImageClassification, FeatureTable, LongTailMetrics, extract_features, load_splits
 from ballad_hf.evaluation.evaluate import evaluate
-from ballad_hf.evaluation.frontier_plot import save_frontier
+from ballad_hf.evaluation.frontier import save_frontier
 from ballad_hf.models.configuration_clip_resnet import CLIPResNetConfig
 from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
 from ballad_hf.models.tiny_clip import build_tiny_clip

@@ -26,7 +26,7 @@ from ..command_errors import errors_in_one_line
 from ..data.sources import load_splits
 from ..data.transforms import five_crop_transform, train_transform
 from ..evaluation.evaluate import evaluate
-from ..evaluation.frontier_plot import save_frontier
+from ..evaluation.frontier import save_frontier
 from ..evaluation.metrics import LongTailMetrics
 from ..evaluation.relabel import relabel
 from ..evaluation.table import metrics_table
