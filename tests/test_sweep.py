@@ -225,7 +225,7 @@ def test_the_command_saves_the_chosen_model(saved, tmp_path, capsys):
     assert (out / "tokenizer.json").is_file()
     assert (out / "frontier.png").is_file()
     said = capsys.readouterr().out
-    assert "500 test pictures" in said
+    assert "500 test images" in said
     with pytest.raises(FileExistsError, match="not an empty folder"):
         main([str(saved), "--output_dir", str(out)])
 
