@@ -29,15 +29,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from heads import compare_heads
 
 from ballad_hf import BalladForImageClassification, FeatureTable, LongTailMetrics, extract_features, load_splits
 from ballad_hf.evaluation.evaluate import evaluate
-from ballad_hf.evaluation.frontier_plot import save_frontier
+from ballad_hf.evaluation.frontier import save_frontier
 from ballad_hf.models.configuration_clip_resnet import CLIPResNetConfig
 from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
 from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training.arguments import PhaseAArguments, PhaseBArguments
-from ballad_hf.training.heads import compare_heads, head_metrics
+from ballad_hf.training.heads import head_metrics
 from ballad_hf.training.phase_a import train_phase_a
 from ballad_hf.training.phase_b import train_phase_b
 from ballad_hf.training.run_folder import claim_run_folder, installed_versions
@@ -263,7 +264,7 @@ def fit_phase_b(
         train_phase_b(model, train, PhaseBArguments(adapter_start="random"), seed=seed, progress=False)
         return {}
     if method == "phase_b":  # the defaults of this package: the identity, the best epoch by validation
-        result = train_phase_b(model, train, PhaseBArguments(), validation=validation, seed=seed, progress=False)
+        result = train_phase_b(model, train, PhaseBArguments(), eval_table=validation, seed=seed, progress=False)
         return {"best_epoch": result.best_epoch}
     # The default grid is made for pretrained towers; the wide one goes as far as an adapter without the original.
     wide = SweepSpace(ratios=[0.5, 1.0], learning_rates=[0.2, 1.0, 5.0], losses=[], sampler_powers=[])

@@ -116,7 +116,7 @@ def main(command_line: list[str]) -> None:
         **extraction,
     )
     validation_table = None if splits.validation is None else extract_features(model, splits.validation, **extraction)
-    train_phase_b(model, train_table, phase_b, validation=validation_table, seed=run.seed)
+    train_phase_b(model, train_table, phase_b, eval_table=validation_table, seed=run.seed)
     predictions["phase B"] = predict(model, test, batch_size=run.eval_batch_size, **reading)
 
     if accelerator.is_main_process:

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ballad_hf.evaluation.frontier import Frontier, FrontierPoint
-from ballad_hf.evaluation.frontier_plot import plot_frontier, save_frontier
+from ballad_hf.evaluation.frontier import Frontier, FrontierPoint, plot_frontier, save_frontier
 
 
 def point(many, few, mean=0.5, ratio=0.2, **settings) -> FrontierPoint:
@@ -54,7 +53,7 @@ def test_what_can_not_be_chosen_is_said():
 
 def test_without_a_group_there_is_no_frontier_but_still_a_table():
     headless = Frontier([point(None, 0.5, 0.4), point(None, 0.6, 0.7)]).choose()
-    with pytest.raises(ValueError, match="no many-shot class"):
+    with pytest.raises(ValueError, match="No many-shot class .* larger validation split"):
         headless.best()
     lines = headless.table().splitlines()
     assert len(lines) == 3

@@ -170,17 +170,6 @@ def test_lade_against_its_equations_class_by_class():
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION_LOSSES)
-def test_many_adapters_at_once_equal_one_by_one(name):
-    loss = build_classification_loss(name, COUNTS)
-    labels = random_batch()[1]
-    stack = torch.stack([random_batch(seed)[0] for seed in range(4)])  # (adapters, batch, classes)
-    together = loss(stack, labels, reduction="none")
-    assert together.shape == (4, 6)
-    for adapter, logits in enumerate(stack):
-        torch.testing.assert_close(together[adapter].mean(), loss(logits, labels))
-
-
-@pytest.mark.parametrize("name", CLASSIFICATION_LOSSES)
 def test_losses_are_float32_under_autocast_and_finite_for_a_class_without_images(name):
     logits, labels = random_batch()
     loss = build_classification_loss(name, [100, 20, 0])

@@ -22,10 +22,10 @@ from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training import phase_a_loop
 from ballad_hf.training.arguments import PhaseAArguments
 from ballad_hf.training.checkpointing import TrainingInterrupted
+from ballad_hf.training.losses import NonFiniteLossError
 from ballad_hf.training.optimization import tower_of
 from ballad_hf.training.phase_a_setup import set_up_phase_a
 from ballad_hf.training.phase_a_state import PhaseAResult
-from ballad_hf.training.step_status import NonFiniteLossError
 from ballad_hf.training.validation import FIGURES, Validator, encode_classes
 
 

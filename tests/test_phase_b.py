@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from ballad_hf import ClassAwareSampler, FeatureTable, load_splits, train_phase_b
+from ballad_hf.data.samplers import ClassWeightSampler, InstanceSampler
 from ballad_hf.features.extraction import extract_features
 from ballad_hf.training.arguments import PhaseBArguments
-from ballad_hf.training.phase_b import NonFiniteLossError, adapter_start, kept_close
+from ballad_hf.training.losses import NonFiniteLossError
+from ballad_hf.training.phase_b import TableBatches, _occurrence, adapter_start, to_device_if_fits
 
 
 COUNTS = (60, 30, 12, 6, 4)
@@ -114,7 +118,7 @@ def test_cached_features_give_the_adapter_that_training_through_the_towers_gives
 
 def test_it_learns_what_the_towers_got_wrong(tiny_ballad):
     table, held_out = table_for(tiny_ballad), table_for(tiny_ballad, seed=1)
-    result = train_phase_b(tiny_ballad, table, PhaseBArguments(adapter_start="identity"), validation=held_out)
+    result = train_phase_b(tiny_ballad, table, PhaseBArguments(adapter_start="identity"), eval_table=held_out)
     start, best = result.history[0], result.history[result.best_epoch]
     assert best["mean_class"] == result.validation["mean_class"] > start["mean_class"] + 0.2
     assert [entry["epoch"] for entry in result.history] == list(range(11))
@@ -136,7 +140,7 @@ def test_a_start_that_nothing_beats_is_kept(tiny_ballad):
     right = FeatureTable(table.class_embeds, [0, 1, 2, 3, 4], table.class_embeds)
     with torch.no_grad():
         tiny_ballad.adapter.linear.weight.copy_(torch.eye(16))
-    result = train_phase_b(tiny_ballad, backwards, PhaseBArguments(learning_rate=5.0), validation=right)
+    result = train_phase_b(tiny_ballad, backwards, PhaseBArguments(learning_rate=5.0), eval_table=right)
     assert result.best_epoch == 0
     assert result.validation["mean_class"] == 1.0
     assert torch.equal(weight_of(tiny_ballad), torch.eye(16))
@@ -171,7 +175,7 @@ def test_every_loss_learns_with_every_sampler(tiny_ballad, loss, sampler):
     tiny_ballad.config.adapter_ratio = 1.0
     table = table_for(tiny_ballad, noise=0.3)
     arguments = PhaseBArguments(epochs=20, loss=loss, sampler=sampler, adapter_start="identity")
-    result = train_phase_b(tiny_ballad, table, arguments, validation=table)
+    result = train_phase_b(tiny_ballad, table, arguments, eval_table=table)
     # Balanced twice, by draw and by weight, some cost the head a little.
     assert result.validation["mean_class"] > max(0.75, result.history[0]["mean_class"] + 0.3)
 
@@ -299,5 +303,69 @@ def test_starts():
 def test_a_small_table_in_several_parts_is_put_together(tiny_ballad, tmp_path):
     mapped = FeatureTable.open(table_for(tiny_ballad).save(tmp_path / "table", rows_per_shard=20))
     assert len(mapped.shards) == 6
-    assert len(kept_close(mapped, torch.device("cpu")).shards) == 1
-    assert np.array_equal(kept_close(mapped, torch.device("cpu")).labels, mapped.labels)
+    assert len(to_device_if_fits(mapped, torch.device("cpu")).shards) == 1
+    assert np.array_equal(to_device_if_fits(mapped, torch.device("cpu")).labels, mapped.labels)
+
+
+def small_table(rows: int = 24, views: int = 1) -> FeatureTable:
+    features = torch.randn(rows, views, 6, generator=torch.Generator().manual_seed(0))
+    embeds = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    return FeatureTable(features, torch.arange(rows) % 3, embeds)
+
+
+def shuffled(rows: int) -> InstanceSampler:
+    return InstanceSampler(np.arange(rows) % 3)
+
+
+def test_what_is_left_at_an_epochs_end_is_dropped():
+    batches = TableBatches(small_table(10), shuffled(10), 4)
+    assert [len(labels) for _, labels in batches.epoch(0, torch.device("cpu"))] == [4, 4]
+    assert batches.steps == 2
+    assert TableBatches(small_table(10), shuffled(10), 64).steps == 1
+
+
+def test_a_row_goes_through_its_views_before_it_shows_one_again():
+    table = small_table(6, views=3)
+    batches, sampler = TableBatches(table, shuffled(6), 6), shuffled(6)
+    seen = {row: [] for row in range(6)}
+    for epoch in range(6):
+        features, _ = next(batches.epoch(epoch, torch.device("cpu")))
+        sampler.set_epoch(epoch)
+        for row, feature in zip(sampler.rows(), features, strict=True):
+            seen[row].append(int((table.features[row] == feature).all(dim=1).nonzero()))
+    assert all(views == [0, 1, 2, 0, 1, 2] for views in seen.values())
+
+
+def test_rows_that_are_drawn_twice_an_epoch_show_two_views():
+    table = small_table(2, views=4)
+    sampler = ClassWeightSampler([0, 1], [1, 3], length=4)
+    batches = TableBatches(table, sampler, 4)
+    drawn = [0, 0]  # times so far
+    for epoch in range(3):
+        features, _ = next(batches.epoch(epoch, torch.device("cpu")))
+        for row, feature in zip(sampler.rows().tolist(), features, strict=True):
+            assert torch.equal(feature, table.features[row, drawn[row] % 4])
+            drawn[row] += 1
+    assert drawn == [3, 9]
+
+
+def test_an_epoch_is_the_same_whichever_was_asked_for_before():
+    table = small_table(12, views=5)
+    in_order = TableBatches(table, shuffled(12), 12)
+    forwards = [next(in_order.epoch(epoch, torch.device("cpu")))[0] for epoch in range(4)]
+    jumping = TableBatches(table, shuffled(12), 12)
+    for epoch in (3, 1, 1, 2, 0):
+        assert torch.equal(next(jumping.epoch(epoch, torch.device("cpu")))[0], forwards[epoch])
+
+
+def test_half_precision_rows_are_trained_in_float32():
+    table = FeatureTable(small_table().features.half(), small_table().labels, small_table().class_embeds)
+    features, _ = next(TableBatches(table, shuffled(24), 8).epoch(0, torch.device("cpu")))
+    assert features.dtype == torch.float32
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=30))
+def test_occurrence_counts_what_stood_before(values):
+    expected = [values[:at].count(value) for at, value in enumerate(values)]
+    assert _occurrence(np.array(values)).tolist() == expected

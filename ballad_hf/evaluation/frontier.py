@@ -1,4 +1,4 @@
-"""The head/tail frontier: what each adapter, at each ratio, gives the many-shot and the few-shot classes."""
+"""The head/tail frontier: many-shot against few-shot accuracy of every adapter at every ratio."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .table import align, percent
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -35,18 +39,18 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Points of the trade-off between head and tail, measured on the validation part.
+    """Points of the trade-off between head and tail, measured on the validation split.
 
     Args:
-        points: every adapter and ratio that was measured.
-        chosen: index of the point that was chosen, or `None`.
+        points: one for every adapter and ratio.
+        chosen: index of the chosen point, or `None`.
 
     Example:
 
     >>> from ballad_hf.evaluation.frontier import Frontier, FrontierPoint
     >>> groups = [(0.8, 0.3), (0.7, 0.5), (0.6, 0.4)]
     >>> points = [FrontierPoint(0.1 * i, {"mean_class": 0.5, "many": m, "few": f}) for i, (m, f) in enumerate(groups)]
-    >>> Frontier(points).best()  # the third is beaten by the second in both
+    >>> Frontier(points).best()  # the second is better than the third in both groups
     [0, 1]
     """
 
@@ -57,7 +61,7 @@ class Frontier:
         """Indices of the points that no other beats in both groups, from the best head to the best tail.
 
         Raises:
-            ValueError: the validation part has no many-shot or no few-shot class.
+            ValueError: the validation split has no many-shot or no few-shot class.
         """
         pairs = [self.pair(point) for point in self.points]
         order = sorted(range(len(pairs)), key=lambda index: (-pairs[index][0], -pairs[index][1], index))
@@ -84,8 +88,8 @@ class Frontier:
         if many is None or few is None:
             absent = "many-shot" if many is None else "few-shot"
             raise ValueError(
-                f"There is no {absent} class with a validation picture, so there is no frontier between head and "
-                "tail; look at mean_class instead, or hold out a larger part for validation."
+                f"No {absent} class has a validation image, so there is no frontier between head and tail: choose by "
+                "mean_class, or hold out a larger validation split."
             )
         return many, few
 
@@ -93,12 +97,12 @@ class Frontier:
         """The frontier with its best point chosen.
 
         Args:
-            by: the accuracy that is to be highest: `overall`, `mean_class`, `many`, `medium` or `few`. Where it is
-                the same, the higher mean-class accuracy and then the lower ratio win.
-            at_least: lowest accuracies that are put up with, such as `{"many": 0.7}`.
+            by: the accuracy to maximise: `overall`, `mean_class`, `many`, `medium` or `few`. Ties go to the higher
+                mean-class accuracy, then to the lower ratio.
+            at_least: lower bounds, such as `{"many": 0.7}`.
 
         Raises:
-            ValueError: an accuracy that does not exist here, or one that no point reaches.
+            ValueError: an accuracy that does not exist here, or a bound that no point reaches.
         """
         for name in (by, *(at_least or {})):
             if all(point.accuracies.get(name) is None for point in self.points):
@@ -143,9 +147,9 @@ class Frontier:
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def table(self) -> str:
-        """The best points in percent, an aligned line each; the chosen one carries a star.
+        """The points of the frontier in percent, one aligned line each; a star marks the chosen one.
 
-        Without a frontier, because a group is missing, the ten points of the best mean-class accuracy.
+        Where a group is missing, the ten points of the best mean-class accuracy.
         """
         groups = ("many", "medium", "few", "mean_class", "overall")
         indices = self.best() if self.has_both_groups else self._highest(10)
@@ -154,6 +158,78 @@ class Frontier:
         lines = [["", *groups, "point"]]
         for index in indices:
             point = self.points[index]
-            figures = [percent(point.accuracies.get(group)) for group in groups]
-            lines.append(["*" if index == self.chosen else " ", *figures, point.label])
+            metrics = [percent(point.accuracies.get(group)) for group in groups]
+            lines.append(["*" if index == self.chosen else " ", *metrics, point.label])
         return align(lines)
+
+
+def plot_frontier(frontier: Frontier) -> Figure:
+    """Few-shot over many-shot accuracy: every point in grey, the best joined by a line, the chosen one as a star.
+
+    Raises:
+        ValueError: the validation split has no many-shot or no few-shot class.
+    """
+    from matplotlib.ticker import FuncFormatter  # slow to import, and a sweep itself draws nothing
+
+    from .plot_style import BLUE, GREY, INK, VERMILION, draw
+
+    as_percent = FuncFormatter(lambda value, _: f"{100 * value:.3g} %" if -1e-9 <= value <= 1 + 1e-9 else "")
+    pairs = [frontier.pair(point) for point in frontier.points]  # (many, few) of each
+    best = frontier.best()
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        many, few = zip(*pairs, strict=True)
+        best_many, best_few = zip(*(pairs[index] for index in best), strict=True)
+        axes.scatter(many, few, s=14, color=GREY, alpha=0.5, linewidths=0, label="adapters and ratios")
+        # Steps, because a point between two neighbours is not known to be reachable.
+        axes.step(best_many, best_few, where="pre", color=BLUE, linewidth=1.2)
+        axes.scatter(best_many, best_few, s=26, color=BLUE, label="frontier")
+        plain = [index for index, point in enumerate(frontier.points) if point.ratio == 0]
+        if plain:
+            axes.scatter(*pairs[plain[0]], s=60, marker="s", facecolors="none", edgecolors=INK, label="no adapter")
+        if frontier.chosen is not None:
+            point = frontier.points[frontier.chosen]
+            axes.scatter(
+                *pairs[frontier.chosen],
+                s=170,
+                marker="*",
+                color=VERMILION,
+                zorder=3,
+                label=f"chosen, ratio {point.ratio:g}",
+            )
+        axes.set(title="Head against tail", xlabel="accuracy, many-shot classes", ylabel="accuracy, few-shot classes")
+        axes.xaxis.set_major_formatter(as_percent)
+        axes.yaxis.set_major_formatter(as_percent)
+        axes.margins(0.08)
+        axes.legend(loc="best", fontsize=9)
+
+    return draw((6.4, 4.8), paint)
+
+
+def save_frontier(frontier: Frontier, folder: str | Path) -> list[Path]:
+    """Write `frontier.json`, and `frontier.png` and `frontier.svg` where there are both groups to trade off.
+
+    Args:
+        frontier: of a sweep.
+        folder: created if missing; files of the same names are replaced.
+
+    Returns:
+        The paths of the files.
+
+    Example:
+
+    >>> import tempfile
+    >>> from ballad_hf.evaluation.frontier import Frontier, FrontierPoint, save_frontier
+    >>> points = [FrontierPoint(0.0, {"many": 0.8, "few": 0.3}), FrontierPoint(0.5, {"many": 0.7, "few": 0.5})]
+    >>> [file.name for file in save_frontier(Frontier(points, chosen=1), tempfile.mkdtemp())]
+    ['frontier.json', 'frontier.png', 'frontier.svg']
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [frontier.save(folder / "frontier.json")]
+    if frontier.has_both_groups:
+        from .plot_style import save_figure
+
+        files += save_figure(plot_frontier(frontier), folder / "frontier")
+    return files

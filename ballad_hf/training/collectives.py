@@ -1,4 +1,7 @@
-"""Rows of all processes side by side, with gradients, so that a loss sees the global batch."""
+"""Gather rows over processes, with gradients, so that a loss sees the global batch.
+
+`torch.distributed.nn.functional.all_gather` does the same; torch 2.13 deprecates it for a private function.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ import torch.distributed as dist
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """The rows of every process, one process after the other; the same on each.
 
-    The gradient of a row is the sum of what all processes ask of it. Where each computes the same global loss, or its
-    own part of a mean, averaging parameter gradients over processes (as DDP and FSDP do) gives those of one process.
+    The gradient of a row is the sum of its gradients on all processes. Where each computes the same global loss, or
+    its own part of a mean, averaging parameter gradients over processes (as DDP and FSDP do) gives those of one.
 
     Args:
         rows: (rows, ...), as many on every process.

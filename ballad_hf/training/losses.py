@@ -2,8 +2,7 @@
 
 In every equation `z` are the logits of one image, `y` its class, `p(c)` the share of class `c` among the images that
 the sampler draws, `n_c` the draws of class `c` in an epoch, and `C` the number of classes. Under instance sampling,
-`n_c` is the number of training images. Every loss is computed in float32 whatever the autocast. Classification losses
-take logits with any leading dimensions, `(..., batch, classes)`.
+`n_c` is the number of training images. Every loss is computed in float32 whatever the autocast.
 """
 
 from __future__ import annotations
@@ -16,6 +15,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A training loss became NaN or infinite."""
 
 
 def contrastive_loss(similarity: torch.Tensor, image_labels: torch.Tensor, text_labels: torch.Tensor) -> torch.Tensor:
@@ -61,8 +64,8 @@ def contrastive_loss(similarity: torch.Tensor, image_labels: torch.Tensor, text_
 class ClassificationLoss(nn.Module):
     """A classification loss with its constants, made by [`build_classification_loss`].
 
-    Calling it with `logits` (..., batch, classes) and `labels` (batch,) or (..., batch) gives the mean over
-    everything, or with `reduction="none"` a loss for each image, of shape (..., batch).
+    Called with `logits` (batch, classes) and `labels` (batch,), it returns the mean over the batch, or with
+    `reduction="none"` the loss of each image, (batch,).
     """
 
     def __init__(self, name: str, terms: Callable[..., torch.Tensor], **constants: torch.Tensor):
@@ -83,30 +86,26 @@ class ClassificationLoss(nn.Module):
     ) -> torch.Tensor:
         constants = {name: getattr(self, name).to(logits.device) for name in self.constants}
         with torch.autocast(logits.device.type, enabled=False):
-            losses = self.terms(logits.float(), labels.expand(logits.shape[:-1]), **constants)  # (..., batch)
+            losses = self.terms(logits.float(), labels, **constants)  # (batch,)
         return losses.mean() if reduction == "mean" else losses
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """`-log softmax(z)_y`; with smoothing `e`, the target is `1 - e` on `y` plus `e / C` on every class."""
-    log_probs = logits.log_softmax(dim=-1)
-    losses = -_of_label(log_probs, labels)
-    if label_smoothing == 0:
-        return losses
-    return torch.lerp(losses, -log_probs.mean(dim=-1), label_smoothing)
+    return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
 
 
 def focal(logits: torch.Tensor, labels: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
     """`-(1 - p_y)^gamma log p_y`: easy images count less (Lin et al., 2017, equation 4)."""
-    log_prob = _of_label(logits.log_softmax(dim=-1), labels)
-    return -((1 - log_prob.exp()) ** gamma) * log_prob
+    losses = cross_entropy(logits, labels)
+    return (1 - (-losses).exp()) ** gamma * losses
 
 
 def margin_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, margins: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
     """Cross-entropy after the logit of the true class is lowered by its margin (LDAM, Cao et al., 2019, eq. 13)."""
-    lowered = torch.zeros_like(logits).scatter(-1, labels[..., None], margins[labels][..., None])
+    lowered = F.one_hot(labels, len(margins)) * margins  # (batch, classes)
     return cross_entropy(logits - lowered, labels, label_smoothing)
 
 
@@ -148,15 +147,14 @@ def lade(
     image's own class, `p(y_i)`, in `d_c`; the code has that of the column. LADER is a property of the batch; it is
     added to the loss of every image, so that their mean is the loss.
     """
-    batch, classes = logits.shape[-2:]
-    one_hot = F.one_hot(labels, classes).to(logits.dtype)  # (..., batch, classes)
-    images = one_hot.sum(dim=-2)  # (..., classes)
-    mean_logit = (logits * one_hot).sum(dim=-2) / images.clamp(min=1)  # (..., classes)
-    log_partition = torch.logsumexp(logits, dim=-2) - log_prior - math.log(classes * batch)  # (..., classes)
+    batch, classes = logits.shape
+    one_hot = F.one_hot(labels, classes).to(logits.dtype)  # (batch, classes)
+    images = one_hot.sum(dim=0)  # (classes,)
+    mean_logit = (logits * one_hot).sum(dim=0) / images.clamp(min=1)  # (classes,)
+    log_partition = torch.logsumexp(logits, dim=0) - log_prior - math.log(classes * batch)  # (classes,)
     by_class = -mean_logit + log_partition + divergence_weight * log_partition**2
-    regularizer = (prior * by_class).sum(dim=-1)  # (...)
-    losses = adjusted_cross_entropy(logits, labels, log_prior, label_smoothing)
-    return losses + regularizer_weight * regularizer[..., None]
+    regularizer = (prior * by_class).sum()
+    return adjusted_cross_entropy(logits, labels, log_prior, label_smoothing) + regularizer_weight * regularizer
 
 
 # The names that `build_classification_loss` accepts.
@@ -284,10 +282,6 @@ def build_classification_loss(
     return ClassificationLoss(
         name, partial(weighted_cross_entropy, label_smoothing=label_smoothing), weights=weights.float()
     )
-
-
-def _of_label(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return values.gather(-1, labels[..., None]).squeeze(-1)  # (..., batch)
 
 
 def _check_counts(name: str, class_counts: Sequence[int] | torch.Tensor | None) -> torch.Tensor:

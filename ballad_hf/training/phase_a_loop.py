@@ -16,10 +16,11 @@ from transformers.utils import logging
 from ..data.loaders import epoch_batches
 from .arguments import PhaseAArguments
 from .checkpointing import CheckpointTimer, StopSignals, TrainingInterrupted
+from .losses import NonFiniteLossError
 from .optimization import schedule_factor, set_learning_rates
 from .phase_a_setup import PhaseASetup, set_training_mode
 from .phase_a_state import PhaseACheckpoints, PhaseAState
-from .step_status import NonFiniteLossError, StepReport, StepStatus
+from .step_status import StepReport, StepStatus
 from .tail_guard import TailGuard
 from .trained_weights import take_weights
 

@@ -1,6 +1,6 @@
 """Phase B of BALLAD (Ma et al., 2021, section 3.3): balanced adapting, on features computed once.
 
-Both towers are frozen, so the features of a picture never change: training the adapter `W` of
+Both towers are frozen, so the features of an image never change: training the adapter `W` of
 `f' = lambda * W f + (1 - lambda) * f` needs the feature table alone. One step is a few matrix products, whatever the
 size of the towers and the number of prompts.
 """
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -19,11 +21,11 @@ from transformers.utils import logging
 
 from ..data.samplers import EpochSampler, build_sampler
 from ..features.fingerprints import encoder_fingerprint
-from ..features.scoring import GroupAccuracies, adapter_accuracies
+from ..features.scoring import adapted_logits, adapter_accuracies
 from ..features.table import FeatureTable
-from .adapter_stack import AdapterStack, TableBatches, decay, train_epoch
 from .arguments import PhaseBArguments
-from .losses import ClassificationLoss, build_classification_loss
+from .losses import ClassificationLoss, NonFiniteLossError, build_classification_loss
+from .optimization import schedule_factor, set_learning_rates
 
 
 if TYPE_CHECKING:
@@ -32,11 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-_IN_MEMORY = 2 * 2**30  # a mapped table up to this size is read into memory before training
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss of phase B became NaN or infinite; the model is as it was before."""
+_IN_MEMORY = 2 * 2**30  # a memory-mapped table up to this size is read into memory before training
 
 
 @dataclass
@@ -50,7 +48,7 @@ class PhaseBResult:
         validation: its accuracies on the validation table: `overall`, `mean_class`, `many`, `medium`, `few`.
         steps: steps taken.
         seconds: wall time.
-        views: views of a picture that were in the table.
+        views: views of an image in the table.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -64,9 +62,9 @@ class PhaseBResult:
 def train_phase_b(
     model: BalladForImageClassification,
     table: FeatureTable,
-    arguments: PhaseBArguments | None = None,
+    args: PhaseBArguments | None = None,
     *,
-    validation: FeatureTable | None = None,
+    eval_table: FeatureTable | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -75,20 +73,20 @@ def train_phase_b(
 
     Args:
         model: its adapter, ratio and scale are the start; everything else stays as it is.
-        table: features of the training part, from this model's image tower.
-        arguments: see [`PhaseBArguments`]; the defaults are the official hyper-parameters.
-        validation: features of the validation part. With it, the epoch of the best mean-class accuracy is kept, the
+        table: features of the training split, from this model's image tower.
+        args: see [`PhaseBArguments`]; the defaults are the official hyper-parameters.
+        eval_table: features of the validation split. With it, the epoch of the best mean-class accuracy is kept, the
             start included: phase B can't leave the model worse than it was. Without, the last epoch is.
         seed: of the sampler and of a random start. The same seed gives the same bits on the same machine.
         device: where to train; default: the model's.
-        progress: show a bar where it takes more than two seconds.
+        progress: show a progress bar where training takes more than two seconds.
 
     Returns:
-        What happened in each epoch, and which was kept.
+        The metrics of each epoch, and which epoch was kept.
 
     Raises:
         ValueError: a table of another model's features or classes.
-        NonFiniteLossError: names the epoch, the step and the learning rate.
+        NonFiniteLossError: names the epoch, the step and the learning rate; the model is unchanged.
 
     Example:
 
@@ -101,47 +99,205 @@ def train_phase_b(
     >>> labels = torch.tensor([0] * 30 + [1] * 6)
     >>> features = torch.nn.functional.one_hot(labels, 32) + 0.1
     >>> table = FeatureTable(features, labels, model.class_embeds, logit_scale=model.logit_scale.item())
-    >>> result = train_phase_b(model, table, PhaseBArguments(epochs=3, batch_size=12), validation=table)
+    >>> result = train_phase_b(model, table, PhaseBArguments(epochs=3, batch_size=12), eval_table=table)
     >>> result.steps, len(result.history), result.validation["mean_class"]
     (9, 4, 1.0)
     """
-    arguments = arguments or PhaseBArguments()
+    args = args or PhaseBArguments()
     check_table(model, table)
-    if validation is not None:
-        check_table(model, validation)
+    if eval_table is not None:
+        check_table(model, eval_table)
     started = time.perf_counter()
     device = torch.device(device or model.device)
-    table = kept_close(table, device)
-    start = adapter_start(arguments.adapter_start, model.adapter.linear.weight, seed).to(device)
-    logit_scale = model.logit_scale.item()
-    stack = AdapterStack.start(start[None], [model.config.adapter_ratio], [arguments.learning_rate], [logit_scale])
-    batches = TableBatches(table, phase_b_sampler(arguments, table, seed), arguments.rows_a_step(table.rows))
+    table = to_device_if_fits(table, device)
+    batches = TableBatches(table, phase_b_sampler(args, table, seed), args.rows_a_step(table.rows))
+    start = adapter_start(args.adapter_start, model.adapter.linear.weight, seed).to(device)
+    training = AdapterTraining(start, model.config.adapter_ratio, model.logit_scale.item(), batches, args)
 
-    result = PhaseBResult(views=table.views)
-    best = _Best()
-    best.offer(0, stack, _accuracies(stack, validation, table))
-    result.history.append({"epoch": 0, **(best.accuracies or {})})
-    steps = batches.steps() if arguments.epochs else 0
-    with tqdm(total=arguments.epochs * steps, desc="Phase B", unit="step", delay=2, disable=not progress) as bar:
-        for epoch in range(1, arguments.epochs + 1):
-            loss = phase_b_loss(arguments, table, logit_scale, batches.class_distribution(epoch - 1)).to(device)
-            losses = train_epoch(stack, batches, loss, arguments, on_step=bar.update)[:, 0]
-            _check_finite(losses, epoch, arguments, steps)
-            rate = arguments.learning_rate * decay(arguments, (epoch - 1) * steps, arguments.epochs * steps)
-            accuracies = _accuracies(stack, validation, table)
-            entry = {"epoch": epoch, "learning_rate": rate, "loss": losses.mean().item(), **(accuracies or {})}
-            result.history.append(entry)
-            bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
-            best.offer(epoch, stack, accuracies)
-    if arguments.epochs and best.epoch == 0:
-        logger.warning("No epoch of phase B was better on the validation part than its start, which is kept.")
-    if arguments.epochs and validation is None:
+    result = PhaseBResult(views=table.views, steps=args.epochs * batches.steps)
+    result.history.append({"epoch": 0, **(training.evaluate(eval_table) or {})})
+    with tqdm(total=result.steps, desc="Phase B", unit="step", delay=2, disable=not progress) as bar:
+        for epoch in range(1, args.epochs + 1):
+            learning_rate = training.learning_rate
+            loss = training.train_epoch(on_step=bar.update)
+            accuracies = training.evaluate(eval_table) or {}
+            result.history.append({"epoch": epoch, "learning_rate": learning_rate, "loss": loss, **accuracies})
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    if args.epochs and training.best_epoch == 0:
+        logger.warning("No phase B epoch improved validation accuracy, so the initial adapter was kept.")
+    if args.epochs and eval_table is None:
         logger.warning("There is no validation table: phase B keeps the adapter of its last epoch.")
-    apply_adapter(model, best.weight, table)
-    result.best_epoch, result.validation = best.epoch, best.accuracies
-    result.steps = arguments.epochs * steps
+    apply_adapter(model, training.best_weight, table)
+    result.best_epoch, result.validation = training.best_epoch, training.best_accuracies
     result.seconds = time.perf_counter() - started
     return result
+
+
+class AdapterTraining:
+    """One adapter in training: its weight and optimizer, and the best of its epochs so far.
+
+    Args:
+        weight: (dim, dim) start; copied.
+        ratio: weight of the adapted feature.
+        logit_scale: multiplier of the cosines.
+        batches: what it learns from; several adapters may share them.
+        args: loss, epochs, optimizer and schedule.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, ratio: float, logit_scale: float, batches: TableBatches, args: PhaseBArguments
+    ):
+        self.weight = nn.Parameter(weight.detach().float().clone())  # (dim, dim)
+        self.ratio, self.logit_scale = ratio, logit_scale
+        self.batches, self.args = batches, args
+        self.epoch = 0
+        self.optimizer = torch.optim.SGD(
+            [{"params": [self.weight], "initial_lr": args.learning_rate}],
+            lr=args.learning_rate,
+            momentum=args.momentum,
+            weight_decay=args.weight_decay,
+        )
+        self.best_epoch = 0
+        self.best_weight = self.weight.detach().clone()
+        self.best_accuracies: dict[str, float | None] | None = None
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next epoch's first step."""
+        return self.args.learning_rate * self._schedule_factor(0)
+
+    def train_epoch(self, on_step: Callable[[], object] = lambda: None) -> float:
+        """Train for the next epoch.
+
+        Args:
+            on_step: called after every step.
+
+        Returns:
+            The mean loss.
+
+        Raises:
+            NonFiniteLossError: names the epoch, the step and the learning rate.
+        """
+        device, table = self.weight.device, self.batches.table
+        class_embeds = table.class_embeds.to(device)
+        loss_of = phase_b_loss(self.args, table, self.logit_scale, self.batches.class_distribution(self.epoch))
+        loss_of = loss_of.to(device)
+        losses = []
+        for step, (features, labels) in enumerate(self.batches.epoch(self.epoch, device)):
+            set_learning_rates(self.optimizer, self._schedule_factor(step))
+            loss = loss_of(adapted_logits(features, self.weight, self.ratio, class_embeds, self.logit_scale), labels)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.detach())
+            on_step()
+        self._check_finite(torch.stack(losses))
+        self.epoch += 1
+        return torch.stack(losses).mean().item()
+
+    def evaluate(self, eval_table: FeatureTable | None) -> dict[str, float | None] | None:
+        """Accuracies on a validation table; the best epoch by mean-class accuracy is remembered.
+
+        Without a table, the last epoch is.
+        """
+        accuracies = None
+        if eval_table is not None:
+            accuracies = adapter_accuracies(
+                eval_table, self.weight.detach(), self.ratio, self.batches.table.class_counts
+            ).of()
+        score = math.inf if accuracies is None else accuracies["mean_class"]
+        assert score is not None  # only a table without rows has no mean
+        if self.epoch == 0 or score > self.best_score:
+            self.best_epoch, self.best_accuracies = self.epoch, accuracies
+            self.best_weight = self.weight.detach().clone()
+        return accuracies
+
+    @property
+    def best_score(self) -> float:
+        """Mean-class accuracy of the best epoch."""
+        score = None if self.best_accuracies is None else self.best_accuracies["mean_class"]
+        return -math.inf if score is None else score
+
+    def _schedule_factor(self, step: int) -> float:
+        steps = self.batches.steps
+        return schedule_factor(self.epoch * steps + step, self.args.epochs * steps, schedule=self.args.schedule)
+
+    def _check_finite(self, losses: torch.Tensor) -> None:
+        bad = (~torch.isfinite(losses)).nonzero().squeeze(1)
+        if not len(bad):
+            return
+        step = int(bad[0])
+        learning_rate = self.args.learning_rate * self._schedule_factor(step)
+        raise NonFiniteLossError(
+            f"The loss became {losses[step].item()} in epoch {self.epoch + 1}, step {step + 1} of {len(losses)}, at a "
+            f"learning rate of {learning_rate:.4g}; the model is unchanged. Lower the learning rate or the logit "
+            "scale, or check the features."
+        )
+
+
+class TableBatches:
+    """The batches of each epoch: rows in the sampler's order, and for each draw the view it uses.
+
+    The n-th time a row is drawn, over all epochs, it shows its view `n mod views`: with one view a cached row is what
+    it is, and with several no augmentation is seen again before all have been.
+
+    Args:
+        table: the features.
+        sampler: gives each epoch's row numbers.
+        batch_size: rows a step. What is left at an epoch's end is dropped, as the official code does.
+    """
+
+    def __init__(self, table: FeatureTable, sampler: EpochSampler, batch_size: int):
+        self.table = table
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self._drawn = np.zeros(table.rows if table.views > 1 else 0, dtype=np.int64)
+        self._counted = 0  # epochs in `_drawn`
+        self._last: tuple[int, torch.Tensor, torch.Tensor | None] | None = None  # epoch, rows, views
+
+    def epoch(self, epoch: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The epoch's batches: (features (batch, dim) in float32, labels (batch,))."""
+        rows, views = self._draws(epoch)
+        batch = min(self.batch_size, len(rows))
+        for start in range(0, len(rows) - batch + 1, batch):
+            at = rows[start : start + batch]
+            view = 0 if views is None else views[start : start + batch]
+            features = self.table.take(at, view)  # (batch, dim)
+            yield features.to(device, torch.float32), self.table.labels[at].to(device)
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return len(self.sampler) // min(self.batch_size, len(self.sampler))
+
+    def class_distribution(self, epoch: int) -> torch.Tensor:
+        """Share of each class among an epoch's draws: (classes,) float64."""
+        self.sampler.set_epoch(epoch)
+        return torch.from_numpy(self.sampler.class_distribution(self.table.classes))
+
+    def _draws(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows and views of an epoch; the last epoch asked for is kept, as several adapters may train on it."""
+        if self._last is None or self._last[0] != epoch:
+            order = self._order(epoch)
+            views = self._views(epoch, order) if self.table.views > 1 else None
+            self._last = epoch, torch.from_numpy(order).to(self.table.device), views
+        return self._last[1], self._last[2]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        self.sampler.set_epoch(epoch)
+        return self.sampler.rows()
+
+    def _views(self, epoch: int, order: np.ndarray) -> torch.Tensor:
+        if epoch < self._counted:
+            self._drawn[:] = 0
+            self._counted = 0
+        while self._counted < epoch:  # after a resume, count what was drawn before
+            self._drawn += np.bincount(self._order(self._counted), minlength=self.table.rows)
+            self._counted += 1
+        views = (self._drawn[order] + _occurrence(order)) % self.table.views
+        self._drawn += np.bincount(order, minlength=self.table.rows)
+        self._counted = epoch + 1
+        return torch.from_numpy(views)
 
 
 def check_table(model: BalladForImageClassification, table: FeatureTable) -> None:
@@ -175,24 +331,24 @@ def check_table(model: BalladForImageClassification, table: FeatureTable) -> Non
 
 
 def phase_b_loss(
-    arguments: PhaseBArguments, table: FeatureTable, logit_scale: float, class_distribution: torch.Tensor
+    args: PhaseBArguments, table: FeatureTable, logit_scale: float, class_distribution: torch.Tensor
 ) -> ClassificationLoss:
-    """The loss that the arguments name, for logits that are `logit_scale` times cosines.
+    """The loss that the args name, for logits that are `logit_scale` times cosines.
 
     LDAM's margins are lengths on the cosine. Its loss subtracts them from the logits, so they must be on the same
     scale: at a scale of 100, a margin made for 30 would be 0.15 of a cosine instead of 0.5.
 
     Args:
-        arguments: `loss` and `label_smoothing`.
+        args: `loss` and `label_smoothing`.
         table: its `class_counts` are the training images of each class.
         logit_scale: multiplier of the cosines.
         class_distribution: (classes,) share of each class among the rows that the sampler draws.
     """
     return build_classification_loss(
-        arguments.loss,
+        args.loss,
         table.class_counts,
         class_distribution=class_distribution,
-        label_smoothing=arguments.label_smoothing,
+        label_smoothing=args.label_smoothing,
         ldam_scale=logit_scale,
     )
 
@@ -215,19 +371,19 @@ def adapter_start(name: str, current: torch.Tensor, seed: int) -> torch.Tensor:
     return nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
 
 
-def phase_b_sampler(arguments: PhaseBArguments, table: FeatureTable, seed: int) -> EpochSampler:
-    """The sampler that the arguments name, over the rows of a table."""
+def phase_b_sampler(args: PhaseBArguments, table: FeatureTable, seed: int) -> EpochSampler:
+    """The sampler that the args name, over the rows of a table."""
     return build_sampler(
-        arguments.sampler,
+        args.sampler,
         table.labels.cpu().numpy(),
-        samples_per_class=arguments.samples_per_class,
-        power=arguments.sampler_power,
-        epochs=arguments.epochs,
+        samples_per_class=args.samples_per_class,
+        power=args.sampler_power,
+        epochs=args.epochs,
         seed=seed,
     )
 
 
-def kept_close(table: FeatureTable, device: torch.device) -> FeatureTable:
+def to_device_if_fits(table: FeatureTable, device: torch.device) -> FeatureTable:
     """The table where training can reach it fastest: on the device or in memory where it fits, else as it is."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -243,44 +399,13 @@ def apply_adapter(model: BalladForImageClassification, weight: torch.Tensor, tab
         model.config.class_counts = table.class_counts.tolist()
 
 
-class _Best:
-    """The best adapter so far by mean-class accuracy; without accuracies, the last."""
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.score = -math.inf
-        self.accuracies: dict[str, float | None] | None = None
-
-    def offer(self, epoch: int, stack: AdapterStack, accuracies: dict[str, float | None] | None) -> None:
-        score = -math.inf if accuracies is None else _score(accuracies)
-        if epoch > 0 and accuracies is not None and score <= self.score:
-            return
-        self.epoch, self.accuracies, self.score = epoch, accuracies, score
-        self.weight = stack.weights[0].clone()
-
-
-def _accuracies(
-    stack: AdapterStack, validation: FeatureTable | None, table: FeatureTable
-) -> dict[str, float | None] | None:
-    if validation is None:
-        return None
-    scored: GroupAccuracies = adapter_accuracies(validation, stack.weights, stack.ratios, table.class_counts)
-    return scored.of(0)
-
-
-def _score(accuracies: dict[str, float | None]) -> float:
-    value = accuracies["mean_class"]
-    assert value is not None  # only an empty table has no mean
-    return value
-
-
-def _check_finite(losses: torch.Tensor, epoch: int, arguments: PhaseBArguments, steps: int) -> None:
-    bad = (~torch.isfinite(losses)).nonzero().squeeze(1)
-    if not len(bad):
-        return
-    step = int(bad[0])
-    rate = arguments.learning_rate * decay(arguments, (epoch - 1) * steps + step, arguments.epochs * steps)
-    raise NonFiniteLossError(
-        f"The loss became {losses[step].item()} in epoch {epoch}, step {step + 1} of {steps}, at a learning rate of "
-        f"{rate:.4g}; the model is as it was. Lower the learning rate or the logit scale, or look at the features."
-    )
+def _occurrence(order: np.ndarray) -> np.ndarray:
+    """How often each entry has stood in the array before: [7, 3, 7, 7] -> [0, 0, 1, 2]."""
+    by_value = np.argsort(order, kind="stable")
+    grouped = order[by_value]
+    first = np.concatenate([[True], grouped[1:] != grouped[:-1]])
+    position = np.arange(len(order))
+    started = np.maximum.accumulate(np.where(first, position, 0))
+    occurrence = np.empty(len(order), dtype=np.int64)
+    occurrence[by_value] = position - started
+    return occurrence

@@ -9,10 +9,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 
-class NonFiniteLossError(FloatingPointError):
-    """The loss of phase A became NaN or infinite; the last checkpoint is as it was."""
-
-
 @dataclass
 class StepReport:
     """A step that is over, as every process sees it.

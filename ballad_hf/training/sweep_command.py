@@ -1,12 +1,12 @@
-"""Sweep phase B over a saved Ballad and a data set, and save the best of it as a new Ballad.
+"""Sweep phase B on a saved BALLAD model and a dataset, and save the best point as a new model.
 
     python -m ballad_hf.training.sweep_command outputs/digits
-    python -m ballad_hf.training.sweep_command outputs/mine --dataset path/to/pictures --losses cross_entropy ldam
-    python -m ballad_hf.training.sweep_command outputs/mine --dataset path/to/pictures --ratio_only true
+    python -m ballad_hf.training.sweep_command outputs/mine --dataset path/to/images --losses cross_entropy ldam
+    python -m ballad_hf.training.sweep_command outputs/mine --dataset path/to/images --ratio_only true
 
-The features are extracted once, each setting trains a matrix, and everything is chosen on the validation part. The new
-folder holds the model with its tokenizer and image processor, the frontier as JSON and as a picture, and `sweep.json`
-with every setting and the result on the test part.
+The features are extracted once, each setting trains a matrix, and everything is chosen on the validation split. The
+new folder holds the model with its tokenizer and image processor, the frontier as JSON and as a plot, and `sweep.json`
+with every setting and the metrics on the test split.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..command_errors import errors_in_one_line
 from ..data.sources import load_splits
 from ..data.transforms import five_crop_transform, train_transform
 from ..evaluation.evaluate import evaluate
-from ..evaluation.frontier_plot import save_frontier
+from ..evaluation.frontier import save_frontier
 from ..evaluation.metrics import LongTailMetrics
 from ..evaluation.relabel import relabel
 from ..evaluation.table import metrics_table
@@ -40,39 +40,41 @@ from .heads import compare_heads, head_metrics
 from .sweep import SweepResult, SweepSpace, move_ratio, sweep_phase_b
 
 
-_PHASE_B = Stage("Phase B: what the grid leaves open", "phase_b_", PhaseBArguments)
+_PHASE_B = Stage("Phase B: defaults of what the grid leaves open", "phase_b_", PhaseBArguments)
 
 
 @dataclass
 class SweepArguments:
-    """What is swept, and where the result goes."""
+    """Arguments of the sweep command."""
 
-    model: str = field(metadata={"help": "folder of a bundle, or its name on the Hub"})
-    output_dir: str = field(default="", metadata={"help": "a new folder; else outputs/sweep/NAME"})
-    most_points: int | None = field(default=None, metadata={"help": "draw so many settings of the grid, not all"})
+    model: str = field(metadata={"help": "model directory, or its name on the Hub"})
+    output_dir: str = field(default="", metadata={"help": "a new folder; default: outputs/sweep/NAME"})
+    max_settings: int | None = field(default=None, metadata={"help": "train that many settings, drawn from the grid"})
     halving: bool = field(default=False, metadata={"help": "drop the weaker half after epochs 1, 2, 4, ..."})
-    ratio_only: bool = field(default=False, metadata={"help": "train nothing: move the ratio of the adapter it has"})
+    ratio_only: bool = field(default=False, metadata={"help": "train nothing: choose the ratio of the adapter"})
     by: Literal["mean_class", "overall", "many", "medium", "few"] = field(
-        default="mean_class", metadata={"help": "validation accuracy that is to be highest"}
+        default="mean_class", metadata={"help": "validation accuracy to maximise"}
     )
-    least_many: float | None = field(default=None, metadata={"help": "lowest many-shot accuracy to put up with"})
-    least_few: float | None = field(default=None, metadata={"help": "lowest few-shot accuracy to put up with"})
-    heads: bool = field(default=False, metadata={"help": "fit rival heads on the same features, for comparison"})
-    five_crop: bool = field(default=False, metadata={"help": "average five crops of validation and test pictures"})
-    horizontal_flip: float = field(default=0.5, metadata={"help": "share of augmented views that are mirrored"})
-    feature_cache_dir: str | None = field(default=None, metadata={"help": "folder that keeps features across runs"})
-    batch_size: int = field(default=128, metadata={"help": "pictures a step and process, for the features"})
-    num_workers: int = field(default=0, metadata={"help": "processes that read pictures"})
+    least_many: float | None = field(default=None, metadata={"help": "lower bound of the many-shot accuracy"})
+    least_few: float | None = field(default=None, metadata={"help": "lower bound of the few-shot accuracy"})
+    heads: bool = field(default=False, metadata={"help": "fit other heads on the same features, for comparison"})
+    five_crop: bool = field(default=False, metadata={"help": "average five crops of validation and test images"})
+    horizontal_flip: float = field(default=0.5, metadata={"help": "flip probability of augmented views"})
+    feature_cache_dir: str | None = field(default=None, metadata={"help": "folder that caches features across runs"})
+    batch_size: int = field(default=128, metadata={"help": "images per step and process, for the features"})
+    num_workers: int = field(default=0, metadata={"help": "worker processes that read images"})
     mixed_precision: Literal["no", "bf16", "fp16"] | None = field(default=None, metadata={"help": "autocast"})
-    seed: int = field(default=0, metadata={"help": "as in training, so that the same validation part is split off"})
+    seed: int = field(default=0, metadata={"help": "random seed; that of training splits alike"})
 
     def __post_init__(self):
         for name in ("least_many", "least_few"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}: give an accuracy as a fraction from 0 to 1.")
-        if self.most_points is not None and self.most_points < 1:
-            raise ValueError(f"most_points is {self.most_points}: give 1 or more, or leave it out for the whole grid.")
+        if self.max_settings is not None and self.max_settings < 1:
+            raise ValueError(
+                f"max_settings is {self.max_settings}: give 1 or more, or leave it out for the whole grid."
+            )
         if self.batch_size < 1 or self.num_workers < 0:
             raise ValueError(
                 f"batch_size is {self.batch_size} and num_workers {self.num_workers}: give 1 and 0, or more."
@@ -91,13 +93,13 @@ def main(command_line: Sequence[str] | None = None) -> Path:
     """Run the command.
 
     Args:
-        command_line: what stands behind the program's name; default: that of this process.
+        command_line: arguments after the program's name; default: those of this process.
 
     Returns:
         The new folder.
 
     Raises:
-        FileExistsError: it holds something.
+        FileExistsError: the folder is not empty.
     """
     data, phase_b, space, options = _parse(list(sys.argv[1:] if command_line is None else command_line))
     folder = Path(options.output_dir)
@@ -130,7 +132,7 @@ def main(command_line: Sequence[str] | None = None) -> Path:
             tables["validation"],
             space,
             phase_b,
-            most_points=options.most_points,
+            max_settings=options.max_settings,
             halving=options.halving,
             seed=options.seed,
             device=accelerator.device,
@@ -143,18 +145,18 @@ def main(command_line: Sequence[str] | None = None) -> Path:
     _save(folder, model, image_processor, options.model)
     save_frontier(frontier, folder)
     _write_record(folder / "sweep.json", options, phase_b, space, result, {**scored, **rivals})
-    part = "validation" if tables["test"] is None else "test"
-    _say(f"\nThe frontier on {len(tables['validation'])} validation pictures, accuracy in percent\n")
+    split_name = "validation" if tables["test"] is None else "test"
+    _say(f"\nThe frontier on {len(tables['validation'])} validation images, accuracy in percent\n")
     _say(frontier.table())
-    _say(f"\n{splits.name}: accuracy on {len(test)} {part} pictures, in percent\n")
+    _say(f"\n{splits.name}: accuracy on {len(test)} {split_name} images, in percent\n")
     if rivals:
-        _say(metrics_table(rivals).rsplit("\n", 1)[0] + "\n")  # without a gain, as they are no stages
+        _say(metrics_table(rivals).rsplit("\n", 1)[0] + "\n")  # without the line of gains, as they are no stages
     _say(f"{metrics_table(scored)}\n\nSaved in {folder}")
     return folder
 
 
 def _parse(command_line: list[str]) -> tuple[DataArguments, PhaseBArguments, SweepSpace, SweepArguments]:
-    # The model comes first on the command line, without a name.
+    # The model is the first, positional argument.
     if command_line and not command_line[0].startswith("-"):
         command_line = ["--model", *command_line]
     parser = HfArgumentParser(
@@ -172,7 +174,7 @@ def _parse(command_line: list[str]) -> tuple[DataArguments, PhaseBArguments, Swe
 def _tables(
     model, splits, image_processor, phase_b: PhaseBArguments, options: SweepArguments, accelerator
 ) -> dict[str, Any]:
-    """The feature table of each part; `None` for a test part that there is not."""
+    """The feature table of each split; `None` where there is no test split."""
     common = {
         "batch_size": options.batch_size,
         "num_workers": options.num_workers,
