@@ -29,8 +29,7 @@ _MODULE_OF = {
     "FeatureTable": "features.table",
     "LongTailMetrics": "evaluation.metrics",
     "evaluate": "evaluation.evaluate",
-    "save_bundle": "hub.bundle",
-    "push_bundle": "hub.bundle",
+    "push_model_directory": "hub.push",
 }
 
 __all__ = [*_MODULE_OF, "__version__"]

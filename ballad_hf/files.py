@@ -6,11 +6,14 @@ trusted: a file is a regular file, within a size limit, valid UTF-8, and of the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +22,19 @@ from typing import Any
 import yaml
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
 # Hidden, and named after the target: a killed process leaves it, and the next writer of the same target removes it.
 _STAGING_SUFFIX = ".writing"
 # Far above any configuration, manifest or history of this package.
 MAX_TEXT_BYTES = 256 * 2**20
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Libraries in other languages put the system's error into their message.
+_FULL_IN_WORDS = re.compile(rf"\(os error ({'|'.join(map(str, sorted(_FULL)))})\)|encoder error -2")
 
 
 @contextmanager
@@ -97,6 +109,41 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def explain_full_disk(path: str | os.PathLike[str], remedy: str | None = None) -> Iterator[None]:
+    """Name the path and the remedy where the disk is full, or a file grows beyond the allowed size.
+
+    For libraries that write files themselves, and report a full disk as they like.
+
+    Args:
+        path: file or folder that is written inside the block.
+        remedy: what to do, as a sentence without the full stop.
+
+    Raises:
+        OSError: the disk is full. Other errors pass unchanged.
+
+    Example:
+
+    >>> import errno
+    >>> from ballad_hf.files import explain_full_disk
+    >>> with explain_full_disk("outputs/mine", "Save again"):
+    ...     raise RuntimeError("I/O error: No space left on device (os error 28)")
+    Traceback (most recent call last):
+    ...
+    OSError: [Errno 28] Could not write outputs/mine: No space left on device. Save again
+    """
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        in_words = _FULL_IN_WORDS.search(str(error))
+        if in_words and number not in _FULL:
+            number = int(in_words[1] or errno.ENOSPC)
+        if number not in _FULL:
+            raise
+        raise _not_written(Path(path), OSError(number, os.strerror(number)), remedy) from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -196,18 +243,102 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
             path.unlink(missing_ok=True)
 
 
+class StagingFolder:
+    """A hidden folder to prepare files in, beside the place where they go.
+
+    A lock shows that its process is alive, so the next one can remove the folders of killed processes, and does. On
+    systems without file locks (Windows) such leftovers stay.
+
+    Args:
+        parent: folder to make it in.
+        prefix: start of its name, such as `.push-`; leftovers with this prefix in `parent` are removed.
+
+    Attributes:
+        path: the folder.
+
+    Example:
+
+    >>> import tempfile
+    >>> from ballad_hf.files import StagingFolder
+    >>> parent = tempfile.mkdtemp()
+    >>> with StagingFolder(parent, ".push-") as folder:
+    ...     folder.is_dir()
+    True
+    >>> folder.exists()
+    False
+    """
+
+    def __init__(self, parent: str | Path, prefix: str):
+        remove_staging_folders(parent, prefix)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            try:
+                self._lock = _lock(self.path)
+            except OSError:  # another process took the folder for a leftover before it was locked
+                continue
+            if self.path.is_dir():
+                return
+
+    def remove(self) -> None:
+        """Delete the folder with what is left in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def remove_staging_folders(parent: str | Path, prefix: str) -> None:
+    """Remove the staging folders of killed processes anywhere below a folder; those of running processes stay."""
+    for folder in list(Path(parent).rglob(f"{prefix}*")):
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        try:
+            lock = _lock(folder)
+        except OSError:
+            continue
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder for the life of this process; `None` where the system has no such locks.
+
+    Raises:
+        OSError: another process holds the lock, or the folder is gone.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            return None
+        raise
+    return descriptor
+
+
 def _staging_path(path: Path) -> Path:
     return path.with_name(f".{path.name}{_STAGING_SUFFIX}")
 
 
-def _not_written(path: Path, error: OSError) -> OSError:
-    remedy = "Free some space, or choose a folder that can be written to"
+def _not_written(path: Path, error: OSError, remedy: str | None = None) -> OSError:
+    remedy = remedy or "Free some space, or choose a folder that can be written to"
     return OSError(error.errno, f"Could not write {path}: {error.strerror or error}. {remedy}")
 
 
 def _checked(content: Any, kind: type, path: str | os.PathLike[str]) -> Any:
     if not isinstance(content, kind):
-        expected = {dict: "a mapping", list: "a list"}.get(kind, kind.__name__)
+        names: dict[type, str] = {dict: "a mapping", list: "a list"}
+        expected = names.get(kind, kind.__name__)
         raise ValueError(f"{path} must hold {expected}, not {type(content).__name__}.")
     return content
 

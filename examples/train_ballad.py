@@ -8,6 +8,7 @@ Without a data set or a model it runs on built-in pictures with a small CLIP, of
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -17,8 +18,7 @@ from ballad_hf import (
     LongTailMetrics,
     extract_features,
     load_splits,
-    push_bundle,
-    save_bundle,
+    push_model_directory,
     train_phase_a,
     train_phase_b,
 )
@@ -26,9 +26,10 @@ from ballad_hf.command_errors import errors_in_one_line
 from ballad_hf.data.transforms import train_transform
 from ballad_hf.data.unreadable import check_pictures
 from ballad_hf.evaluation.evaluate import predict
-from ballad_hf.evaluation.results import write_results
-from ballad_hf.evaluation.table import metrics_table
+from ballad_hf.evaluation.report import write_results
+from ballad_hf.evaluation.summary import metrics_table, verdict
 from ballad_hf.hub.model_card import render_model_card
+from ballad_hf.hub.model_directory import save_model_directory
 from ballad_hf.hub.push import CheckpointPusher, PushError, check_push
 from ballad_hf.models.dual_encoders import load_dual_encoder, load_image_processor, load_tokenizer
 from ballad_hf.models.tiny_clip import build_tiny_clip
@@ -78,14 +79,16 @@ def main(command_line: list[str]) -> None:
     check_before_training(model.clip, splits, image_processor, batch_size)
     model.to(accelerator.device)
 
-    reading = {"image_processor": image_processor, "num_workers": run.num_workers, "accelerator": accelerator}
-    predictions = {"before training": predict(model, test, batch_size=run.eval_batch_size, **reading)}
+    split = "validation" if splits.test is None else "test"
+    reading = {"num_workers": run.num_workers, "accelerator": accelerator}
+    evaluation = {"split": split, "batch_size": run.eval_batch_size, **reading}
+    predictions = {"before training": predict(model, test, image_processor, **evaluation)}
 
     # Phase A: both towers on the data as it is.
     pusher = None
     if run.push_to_hub and run.hub_strategy == "checkpoint" and accelerator.is_main_process:
         pusher = CheckpointPusher(repository_of(run), private=run.hub_private or None)
-    train_phase_a(
+    first = train_phase_a(
         model,
         splits,
         tokenizer,
@@ -101,10 +104,11 @@ def main(command_line: list[str]) -> None:
     )
     if pusher is not None:
         pusher.close()
-    predictions["phase A"] = predict(model, test, batch_size=run.eval_batch_size, **reading)
+    predictions["phase A"] = predict(model, test, image_processor, **evaluation)
 
     # Phase B: the adapter on balanced samples of what the towers, frozen now, see.
     extraction = {"batch_size": run.eval_batch_size, "seed": run.seed, "cache_dir": run.feature_cache_dir, **reading}
+    extraction["image_processor"] = image_processor
     augmentation = train_transform(
         image_processor, (phase_a.crop_scale, 1.0), phase_a.horizontal_flip, phase_a.color_jitter
     )
@@ -115,12 +119,14 @@ def main(command_line: list[str]) -> None:
         transform=augmentation if phase_b.views > 1 else None,
         **extraction,
     )
-    validation_table = None if splits.validation is None else extract_features(model, splits.validation, **extraction)
-    train_phase_b(model, train_table, phase_b, eval_table=validation_table, seed=run.seed)
-    predictions["phase B"] = predict(model, test, batch_size=run.eval_batch_size, **reading)
+    validation_table = extract_features(model, splits.validation, **extraction)
+    second = train_phase_b(model, train_table, phase_b, validation=validation_table, seed=run.seed)
+    predictions["phase B"] = predict(model, test, image_processor, **evaluation)
 
     if accelerator.is_main_process:
-        share(model, tokenizer, image_processor, splits, predictions, arguments)
+        processor = SimpleNamespace(tokenizer=tokenizer, image_processor=image_processor)
+        histories = {"phase A": first.history, "phase B": second.history}
+        share(model, processor, splits, predictions, histories, arguments)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -146,27 +152,37 @@ def repository_of(run):
     return run.hub_model_id or Path(run.output_dir).name
 
 
-def share(model, tokenizer, image_processor, splits, predictions, arguments):
-    """Save everything in one folder, say what came of it and how to use it, and push it where that was asked for."""
-    run, told = arguments.run, arguments.to_dict()
+def share(model, processor, splits, predictions, histories, arguments):
+    """Save everything in one folder, print the results and how to use the model, and push it if requested."""
+    run, flat = arguments.run, arguments.to_dict()
     test = splits.validation if splits.test is None else splits.test
     results = {
-        stage: LongTailMetrics.from_predictions(said, splits.class_counts, splits.class_names)
-        for stage, said in predictions.items()
+        stage: LongTailMetrics.from_predictions(rows, splits.class_counts, splits.class_names)
+        for stage, rows in predictions.items()
     }
-    plots = write_results(run.output_dir, results, predictions, title=splits.name, split=test, arguments=told)
-    card = render_model_card(
-        model, results, dataset_name=splits.name, arguments=told, splits=splits, seeds=run.seed, plots=plots
+    plots = write_results(
+        run.output_dir,
+        results,
+        predictions,
+        title=splits.name,
+        dataset=test,
+        histories=histories,
+        arguments=flat,
+        overwrite=True,
     )
-    folder = save_bundle(run.output_dir, model, tokenizer, image_processor, card=card, arguments=told, overwrite=True)
-    part = "validation pictures, which chose the weights too" if splits.test is None else "test pictures"
+    data = dict(splits.items())
+    card = render_model_card(
+        model, results, dataset_name=splits.name, arguments=flat, datasets=data, seeds=run.seed, plots=plots
+    )
+    folder = save_model_directory(model, run.output_dir, processor, card=card, arguments=flat, overwrite=True)
+    images = "validation images, which also selected the weights" if splits.test is None else "test images"
     if splits.validation is None:
-        part += " after the last epoch (no validation split)"
-    print(f"\n{splits.name}: accuracy on {len(test)} {part}, in percent\n")
-    print(f"{metrics_table(results)}\n\n{USE_IT.format(folder=folder)}")
+        images += " after the last epoch (no validation split)"
+    print(f"\n{splits.name}: accuracy on {len(test)} {images}, in percent\n")
+    print("\n\n".join([metrics_table(results), *verdict(results), USE_IT.format(folder=folder)]))
     if run.push_to_hub:
         try:
-            print(f"Pushed to {push_bundle(folder, repository_of(run), private=run.hub_private or None)}")
+            print(f"Pushed to {push_model_directory(folder, repository_of(run), private=run.hub_private or None)}")
         except PushError as error:  # the result is safe, and the message says how to push it later
             raise SystemExit(f"error: {error}") from error
 

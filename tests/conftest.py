@@ -1,5 +1,6 @@
 """Tiny models, built once a session and handed out as copies."""
 
+import contextlib
 import copy
 import importlib.util
 import os
@@ -13,6 +14,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+from transformers import CLIPProcessor
 
 from ballad_hf import BalladForImageClassification
 from ballad_hf.models.tiny_clip import DualEncoder, build_tiny_clip
@@ -27,6 +29,18 @@ def example_module(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def files_up_to(size: int):
+    """Let this process write no file beyond `size` bytes, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +61,12 @@ def _tiny_clip() -> DualEncoder:
 def tiny_clip(_tiny_clip: DualEncoder) -> DualEncoder:
     """A CLIP for 32 x 32 pictures with 16-wide features: (clip, tokenizer, image_processor)."""
     return DualEncoder(copy.deepcopy(_tiny_clip.clip), _tiny_clip.tokenizer, _tiny_clip.image_processor)
+
+
+@pytest.fixture
+def tiny_processor(tiny_clip: DualEncoder) -> CLIPProcessor:
+    """The processor of `tiny_clip`."""
+    return CLIPProcessor(image_processor=tiny_clip.image_processor, tokenizer=tiny_clip.tokenizer)
 
 
 @pytest.fixture

@@ -57,6 +57,7 @@ class HubServer:
         self.lfs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self._failures: list[tuple[re.Pattern, int | str]] = []
+        self.released = threading.Event()  # ends the requests that hang
         hub = self
 
         class Handler(_Handler):
@@ -71,11 +72,12 @@ class HubServer:
         return self
 
     def __exit__(self, *exception) -> None:
+        self.released.set()
         self._server.shutdown()
         self._server.server_close()
 
     def fail(self, request: str, how: int | str, times: int = 1) -> None:
-        """Answer the next requests that match `METHOD path` with a status, or `"drop"` the connection."""
+        """Answer the next requests that match `METHOD path` with a status, or `"drop"` them, or let them `"hang"`."""
         self._failures += [(re.compile(request), how)] * times
 
     def forgive(self) -> None:
@@ -206,6 +208,9 @@ class _Handler(BaseHTTPRequestHandler):
         if failure == "drop":
             self.close_connection = True
             self.connection.close()
+            return
+        if failure == "hang":
+            self.server_of.released.wait(60)
             return
         if failure is not None:
             self._error(int(failure), f"told to fail with {failure}")

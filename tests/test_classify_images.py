@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ballad_hf import save_bundle
+from ballad_hf.hub.model_directory import save_model_directory
 
 from .conftest import example_module
 
@@ -30,9 +30,9 @@ def _verbosity():
 
 
 @pytest.fixture
-def bundle(tiny_ballad, tiny_clip, tmp_path) -> str:
+def bundle(tiny_ballad, tiny_processor, tmp_path) -> str:
     tiny_ballad.config.class_counts = [50, 20, 10, 5, 1]
-    folder = save_bundle(tmp_path / "bundle", tiny_ballad, tiny_clip.tokenizer, tiny_clip.image_processor)
+    folder = save_model_directory(tiny_ballad, tmp_path / "bundle", tiny_processor)
     return str(folder)
 
 

@@ -63,7 +63,10 @@ def test_a_program_names_itself():
         (["-m", "ballad_hf.evaluation.compare", "nowhere"], "There is no metrics.json"),
         (["-m", "ballad_hf.training.sweep_command", "nowhere", "--least_few", "7"], "least_few is 7.0: give"),
         (["examples/train_ballad.py", "--phase_a_learning_rate", "-1"], "learning_rate is -1.0: give"),
-        (["examples/evaluate_ballad.py", "nowhere", "--unknown_dataset", "x", "--part", "validation"], "takes its th"),
+        (
+            ["examples/evaluate_ballad.py", "nowhere", "--unknown_dataset", "x", "--split", "validation"],
+            "takes its th",
+        ),
     ],
 )
 def test_every_command_ends_in_one_line(command, says):

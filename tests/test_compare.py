@@ -1,6 +1,7 @@
-"""Runs side by side, and the tests behind the p-values."""
+"""Comparisons of runs, and the tests behind their p-values."""
 
 import json
+import math
 import runpy
 import sys
 
@@ -12,44 +13,60 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from ballad_hf import LongTailMetrics
-from ballad_hf.evaluation.compare import compare, main, plot_comparison, read_runs
-from ballad_hf.evaluation.paired import holm, mcnemar, paired_differences, same_pictures, significance
+from ballad_hf.evaluation.compare import (
+    compare,
+    holm,
+    main,
+    paired_differences,
+    plot_comparison,
+    read_runs,
+    same_images,
+    significance,
+)
 from ballad_hf.evaluation.predictions import Predictions
 
 
 COUNTS = [500, 50, 5]
 
 
-def _said(right, pictures=20, split="letters"):
-    """The first `right[c]` of the pictures of class c are right, the rest are taken for the next class."""
-    labels = np.repeat(np.arange(3), pictures)
-    hit = np.tile(np.arange(pictures), 3) < np.repeat(right, pictures)
+def _predictions(right, images=20, split="letters"):
+    """The first `right[c]` of the images of class c are right, the rest are taken for the next class."""
+    labels = np.repeat(np.arange(3), images)
+    hit = np.tile(np.arange(images), 3) < np.repeat(right, images)
     logits = 3 * np.eye(3)[np.where(hit, labels, (labels + 1) % 3)]
     return Predictions.from_logits(logits, labels).of_split(split)
 
 
-def _metrics(said):
-    return LongTailMetrics.from_predictions(said, COUNTS, ["a", "b", "c"])
+def _metrics(predictions):
+    return LongTailMetrics.from_predictions(predictions, COUNTS, ["a", "b", "c"])
 
 
 def _write(folder, stages):
     """A run's folder as `write_results` leaves it, without the plots."""
     (folder / "predictions").mkdir(parents=True)
-    for name, said in stages.items():
-        said.save(folder / "predictions" / f"{name.replace(' ', '_')}.safetensors")
-    (folder / "metrics.json").write_text(json.dumps({name: _metrics(said).to_dict() for name, said in stages.items()}))
+    for name, predictions in stages.items():
+        predictions.save(folder / "predictions" / f"{name.replace(' ', '_')}.safetensors")
+    (folder / "metrics.json").write_text(
+        json.dumps({name: _metrics(predictions).to_dict() for name, predictions in stages.items()})
+    )
     return str(folder)
 
 
-def test_mcnemar_against_scipy_and_a_published_case():
-    for won, lost in [(0, 0), (1, 0), (10, 2), (2, 10), (30, 31), (500, 400)]:
-        expected = binomtest(won, won + lost, 0.5).pvalue if won + lost else 1.0
-        assert mcnemar(won, lost) == pytest.approx(expected)
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (1, 0), (10, 2), (2, 10), (30, 31)])
+def test_overall_accuracy_has_mcnemars_exact_p_value(won, lost):
+    labels = np.zeros(100, dtype=int)
+    first, second = np.full(100, False), np.full(100, False)
+    second[:won], first[won : won + lost] = True, True
+    pair = [Predictions.from_logits(np.eye(2)[np.where(hit, 0, 1)], labels).of_split("x") for hit in (first, second)]
+    found = paired_differences(*pair, LongTailMetrics.from_predictions(pair[0], None))
+    # Twice the smaller tail of Binomial(won + lost, 1/2), at most 1.
+    tail = sum(math.comb(won + lost, wins) for wins in range(min(won, lost) + 1)) / 2 ** (won + lost)
+    assert found["overall"].p_value == pytest.approx(min(1, 2 * tail))
 
 
 def test_differences_by_hand():
     # Class a loses 4 of 20, class b gains 2, class c gains 12.
-    first, second = _said([18, 10, 2]), _said([14, 12, 14])
+    first, second = _predictions([18, 10, 2]), _predictions([14, 12, 14])
     found = paired_differences(first, second, _metrics(second))
     assert list(found) == ["overall", "mean_class", "many", "medium", "few"]
     shown = {name: round(gain.difference, 6) for name, gain in found.items()}
@@ -94,19 +111,19 @@ def test_models_that_are_alike_are_seldom_told_apart():
 
 
 def test_a_model_is_not_better_than_itself():
-    said = _said([18, 10, 2])
-    for gain in paired_differences(said, said, _metrics(said)).values():
+    predictions = _predictions([18, 10, 2])
+    for gain in paired_differences(predictions, predictions, _metrics(predictions)).values():
         assert (gain.difference, gain.p_value) == (0.0, 1.0)
 
 
-def test_other_pictures_are_not_compared_one_by_one():
-    first = _said([18, 10, 2])
-    assert not same_pictures(first, _said([18, 10, 2], split="others"))
-    assert not same_pictures(first, _said([18, 10, 2], pictures=21))
+def test_other_images_are_not_compared_one_by_one():
+    first = _predictions([18, 10, 2])
+    assert not same_images(first, _predictions([18, 10, 2], split="others"))
+    assert not same_images(first, _predictions([18, 10, 2], images=21))
     unmarked = Predictions.from_logits(np.eye(3), [0, 1, 2])
-    assert not same_pictures(unmarked, unmarked)
-    with pytest.raises(ValueError, match="not evaluated on the same pictures"):
-        paired_differences(first, _said([18, 10, 2], split="others"), _metrics(first))
+    assert not same_images(unmarked, unmarked)
+    with pytest.raises(ValueError, match="not evaluated on the same images"):
+        paired_differences(first, _predictions([18, 10, 2], split="others"), _metrics(first))
 
 
 def test_holm_by_hand():
@@ -123,16 +140,16 @@ def test_p_values_never_look_surer_than_they_are():
 
 
 def test_stages_of_one_run_on_the_command_line(tmp_path, capsys):
-    run = _write(tmp_path / "run", {"phase A": _said([18, 10, 2]), "phase B": _said([14, 12, 14])})
+    run = _write(tmp_path / "run", {"phase A": _predictions([18, 10, 2]), "phase B": _predictions([14, 12, 14])})
     main([run, "--output_dir", str(tmp_path / "out")])
     printed = capsys.readouterr().out
-    assert "phase B against phase A" in printed
+    assert "phase B vs. phase A" in printed
     (few,) = [line for line in printed.splitlines() if line.startswith("  few")]
     assert "+60.0" in few
     (many,) = [line for line in printed.splitlines() if line.startswith("  many")]
     assert "-20.0" in many
-    with Image.open(tmp_path / "out" / "comparison.png") as picture:
-        assert picture.width > 800
+    with Image.open(tmp_path / "out" / "comparison.png") as image:
+        assert image.width > 800
     written = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert written["differences"]["phase B"]["few"]["difference"] == pytest.approx(0.6)
     assert written["runs"]["phase A"]["many"] == 0.9
@@ -141,7 +158,7 @@ def test_stages_of_one_run_on_the_command_line(tmp_path, capsys):
 def test_several_runs_are_told_apart_and_corrected(tmp_path):
     names = []
     for name, right in (("base", [18, 10, 2]), ("one", [14, 12, 14]), ("two", [18, 10, 8])):
-        names.append(_write(tmp_path / name, {"phase A": _said([1, 1, 1]), "phase B": _said(right)}))
+        names.append(_write(tmp_path / name, {"phase A": _predictions([1, 1, 1]), "phase B": _predictions(right)}))
     runs = read_runs(names)
     assert list(runs) == ["base", "one", "two"]
     together, alone = compare(runs), compare({name: runs[name] for name in ("base", "two")})
@@ -155,29 +172,29 @@ def test_several_runs_are_told_apart_and_corrected(tmp_path):
 
 
 def test_unpaired_runs_still_share_the_table(tmp_path, capsys):
-    first = _write(tmp_path / "first", {"phase B": _said([18, 10, 2])})
-    second = _write(tmp_path / "second", {"phase B": _said([14, 12, 14], split="other pictures")})
+    first = _write(tmp_path / "first", {"phase B": _predictions([18, 10, 2])})
+    second = _write(tmp_path / "second", {"phase B": _predictions([14, 12, 14], split="other images")})
     main([first, second, "--output_dir", str(tmp_path / "out")])
     printed = capsys.readouterr().out
-    assert "second against first: not known to be of the same pictures" in printed
+    assert "second vs. first: not known to be on the same images" in printed
     assert "p =" not in printed
 
 
 def test_it_runs_as_a_module(tmp_path, monkeypatch, capsys):
-    run = _write(tmp_path / "run", {"phase A": _said([18, 10, 2]), "phase B": _said([14, 12, 14])})
+    run = _write(tmp_path / "run", {"phase A": _predictions([18, 10, 2]), "phase B": _predictions([14, 12, 14])})
     monkeypatch.setattr(sys, "argv", ["compare", run, "--output_dir", str(tmp_path / "out")])
     monkeypatch.delitem(sys.modules, "ballad_hf.evaluation.compare")
     runpy.run_module("ballad_hf.evaluation.compare", run_name="__main__")
-    assert "phase B against phase A" in capsys.readouterr().out
+    assert "phase B vs. phase A" in capsys.readouterr().out
 
 
 def test_bad_input_is_named(tmp_path):
-    run = _write(tmp_path / "run", {"phase B": _said([1, 2, 3])})
+    run = _write(tmp_path / "run", {"phase B": _predictions([1, 2, 3])})
     with pytest.raises(ValueError, match="only one result, phase B"):
         read_runs([run])
     with pytest.raises(ValueError, match="has no stage 'phase C': choose one of phase B"):
         read_runs([run, f"{run}:phase C"])
-    with pytest.raises(ValueError, match="named twice"):
+    with pytest.raises(ValueError, match="given twice"):
         read_runs([run, run])
     with pytest.raises(FileNotFoundError, match=r"no metrics\.json"):
         read_runs([run, str(tmp_path / "nowhere")])

@@ -15,8 +15,8 @@ from ballad_hf import (
     CLIPResNetModel,
     convert_official_ballad,
     convert_openai_clip,
-    save_bundle,
 )
+from ballad_hf.hub.model_directory import save_model_directory
 from ballad_hf.models.conversion import convert_open_clip, convert_to_clip, convert_to_vision_only, main, whole_folder
 
 from .conftest import CLASS_NAMES
@@ -226,8 +226,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 @pytest.fixture
-def bundle(tiny_ballad, tiny_clip, tmp_path):
-    return save_bundle(tmp_path / "bundle", tiny_ballad, tiny_clip.tokenizer, tiny_clip.image_processor)
+def bundle(tiny_ballad, tiny_processor, tmp_path):
+    return save_model_directory(tiny_ballad, tmp_path / "bundle", tiny_processor)
 
 
 def test_a_bundle_folds_into_a_folder_with_all_that_a_clip_model_needs(bundle, tiny_ballad, tiny_clip, tmp_path):

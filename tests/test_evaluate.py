@@ -1,4 +1,4 @@
-"""A model over a split: every picture once, whatever the batch size and the number of processes."""
+"""Evaluation of a model on a dataset: every image once, for any batch size and number of processes."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,9 @@ from accelerate import Accelerator, debug_launcher
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ballad_hf import BalladForImageClassification, FeatureTable, LongTailMetrics, evaluate
+from ballad_hf import BalladForImageClassification, FeatureTable, LongTailMetrics, evaluate, load_splits
 from ballad_hf.evaluation import evaluate as evaluation
-from ballad_hf.evaluation.evaluate import predict
+from ballad_hf.evaluation.evaluate import align_labels, predict
 from ballad_hf.models.tiny_clip import build_tiny_clip
 
 
@@ -17,14 +17,14 @@ NAMES = ["cat", "dog", "owl", "red fox", "zebra"]
 COUNTS = [500, 120, 50, 19, 3]
 
 
-class Pictures(Dataset):
-    """Random pictures of five classes, as a split gives them."""
+class Images(Dataset):
+    """Random images of five classes."""
 
-    def __init__(self, pictures, views=None, seed=0):
+    def __init__(self, images, views=None, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        shape = (pictures, 3, 32, 32) if views is None else (pictures, views, 3, 32, 32)
+        shape = (images, 3, 32, 32) if views is None else (images, views, 3, 32, 32)
         self.pixels = torch.randn(shape, generator=generator)
-        self.labels = torch.randint(0, 5, (pictures,), generator=generator).numpy()
+        self.labels = torch.randint(0, 5, (images,), generator=generator).numpy()
 
     def __len__(self):
         return len(self.labels)
@@ -33,7 +33,7 @@ class Pictures(Dataset):
         return {"pixel_values": self.pixels[row], "labels": int(self.labels[row]), "index": row}
 
     def fingerprint(self):
-        return "pictures"
+        return "images"
 
 
 @pytest.fixture
@@ -45,17 +45,17 @@ def model(tiny_ballad):
 @pytest.mark.parametrize("progress", [True, False])
 def test_the_bar_can_be_switched_off(model, monkeypatch, capsys, progress):
     # Without the delay of two seconds, which would hide every bar here.
-    monkeypatch.setattr(evaluation, "tqdm", lambda loader, **asked: tqdm(loader, **{**asked, "delay": 0}))
-    evaluate(model, Pictures(5), progress=progress)
+    monkeypatch.setattr(evaluation, "tqdm", lambda loader, **options: tqdm(loader, **{**options, "delay": 0}))
+    evaluate(model, Images(5), progress=progress)
     assert ("Evaluating" in capsys.readouterr().err) == progress
 
 
 def test_metrics_are_those_of_the_models_own_logits(model):
-    pictures = Pictures(23)
-    logits = model(pixel_values=pictures.pixels).logits
-    expected = LongTailMetrics.from_logits(logits, pictures.labels, COUNTS, NAMES)
+    images = Images(23)
+    logits = model(pixel_values=images.pixels).logits
+    expected = LongTailMetrics.from_logits(logits, images.labels, COUNTS, NAMES)
     for batch_size in (1, 4, 23, 64):
-        measured = evaluate(model, pictures, batch_size=batch_size)
+        measured = evaluate(model, images, batch_size=batch_size)
         assert measured.class_accuracy == expected.class_accuracy
         assert measured.few == expected.few
         assert measured.samples == 23
@@ -64,46 +64,46 @@ def test_metrics_are_those_of_the_models_own_logits(model):
 
 
 def test_workers_change_nothing(model):
-    pictures = Pictures(9)
-    assert evaluate(model, pictures, batch_size=2, num_workers=2) == evaluate(model, pictures, batch_size=2)
+    images = Images(9)
+    assert evaluate(model, images, batch_size=2, num_workers=2) == evaluate(model, images, batch_size=2)
 
 
 def test_the_model_is_left_in_the_mode_it_was_in(model):
     model.train()
-    evaluate(model, Pictures(3))
+    evaluate(model, Images(3))
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_parts_that_rest_in_a_training_go_on_resting(model):
+def test_frozen_modules_stay_in_evaluation_mode(model):
     model.train()
     model.clip.text_model.eval()
-    evaluate(model, Pictures(3))
+    evaluate(model, Images(3))
     assert model.clip.vision_model.training
     assert not any(module.training for module in model.clip.text_model.modules())
 
 
 def test_the_global_random_state_is_not_moved(model):
     before = torch.get_rng_state()
-    evaluate(model, Pictures(3))
+    evaluate(model, Images(3))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_counts_given_are_used_instead_of_the_models(model):
-    metrics = evaluate(model, Pictures(40), train_counts=[500] * 5)
+    metrics = evaluate(model, Images(40), train_counts=[500] * 5)
     assert (metrics.medium, metrics.few) == (None, None)
     assert metrics.many == pytest.approx(metrics.mean_class)
 
 
 def test_without_any_counts_there_are_no_groups(model):
     model.config.class_counts = None
-    assert evaluate(model, Pictures(5)).many is None
+    assert evaluate(model, Images(5)).many is None
 
 
-def test_views_of_a_picture_are_averaged_in_the_logits(model):
-    pictures = Pictures(6, views=3)
-    logits = torch.stack([model(pixel_values=pictures.pixels[:, view]).logits for view in range(3)]).mean(0)
-    predictions = predict(model, pictures, batch_size=4)
+def test_views_of_a_image_are_averaged_in_the_logits(model):
+    images = Images(6, views=3)
+    logits = torch.stack([model(pixel_values=images.pixels[:, view]).logits for view in range(3)]).mean(0)
+    predictions = predict(model, images, batch_size=4)
     assert predictions.predicted.tolist() == logits.argmax(1).tolist()
     assert torch.allclose(torch.tensor(predictions.confidence), logits.softmax(1).amax(1), atol=1e-5)
 
@@ -111,72 +111,91 @@ def test_views_of_a_picture_are_averaged_in_the_logits(model):
 def test_a_shift_of_the_logits_moves_the_predictions(model):
     shift = torch.zeros(5)
     shift[3] = 1e4
-    assert predict(model, Pictures(6), logit_shift=shift).predicted.tolist() == [3] * 6
+    assert predict(model, Images(6), logit_shift=shift).predicted.tolist() == [3] * 6
     with pytest.raises(ValueError, match="logit_shift has shape"):
-        predict(model, Pictures(2), logit_shift=torch.zeros(4))
+        predict(model, Images(2), logit_shift=torch.zeros(4))
 
 
 def test_a_table_is_scored_as_the_model_it_came_from(model):
-    pictures = Pictures(31)
+    images = Images(31)
     with torch.no_grad():
-        features = model.clip.get_image_features(pixel_values=pictures.pixels).pooler_output
+        features = model.clip.get_image_features(pixel_values=images.pixels).pooler_output
     table = FeatureTable(
-        features, pictures.labels, model.class_embeds, COUNTS, model.logit_scale.item(), class_names=NAMES
+        features, images.labels, model.class_embeds, COUNTS, model.logit_scale.item(), class_names=NAMES
     )
     from_model, from_table = (
-        predict(model, pictures),
+        predict(model, images),
         predict(table, adapter=model.adapter.linear.weight, adapter_ratio=0.2),
     )
     assert from_table.predicted.tolist() == from_model.predicted.tolist()
     assert np.allclose(from_table.negative_log_likelihood, from_model.negative_log_likelihood, rtol=1e-4, atol=1e-5)
-    assert evaluate(table, adapter=model.adapter.linear.weight, adapter_ratio=0.2).few == evaluate(model, pictures).few
+    assert evaluate(table, adapter=model.adapter.linear.weight, adapter_ratio=0.2).few == evaluate(model, images).few
     model.config.adapter_ratio = 0.0
-    assert predict(table).predicted.tolist() == predict(model, pictures).predicted.tolist()
+    assert predict(table).predicted.tolist() == predict(model, images).predicted.tolist()
 
 
 def test_bad_input_is_named(model):
     table = FeatureTable(torch.eye(3, 4), [0, 1, 1], torch.eye(2, 4))
-    with pytest.raises(ValueError, match="leave `split` out"):
-        evaluate(table, Pictures(2))
-    with pytest.raises(ValueError, match="together"):
+    with pytest.raises(ValueError, match="leave `dataset` out"):
+        evaluate(table, Images(2))
+    with pytest.raises(ValueError, match="Pass .* together"):
         evaluate(table, adapter=torch.eye(4))
     with pytest.raises(ValueError, match=r"need \(4, 4\)"):
         evaluate(table, adapter=torch.eye(3), adapter_ratio=0.2)
     with pytest.raises(ValueError, match="adapter_ratio is 5: choose a number from 0"):
         evaluate(table, adapter=torch.eye(4), adapter_ratio=5)
     with pytest.raises(ValueError, match="nothing to evaluate"):
-        evaluate(model, Pictures(0))
+        evaluate(model, Images(0))
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate(model)
     with pytest.raises(ValueError, match="set model.config.adapter_ratio"):
-        evaluate(model, Pictures(2), adapter_ratio=0.1)
+        evaluate(model, Images(2), adapter_ratio=0.1)
     with pytest.raises(ValueError, match="batch_size is 0"):
-        evaluate(model, Pictures(2), batch_size=0)
+        evaluate(model, Images(2), batch_size=0)
     with pytest.raises(ValueError, match="num_workers is -1"):
-        evaluate(model, Pictures(2), num_workers=-1)
+        evaluate(model, Images(2), num_workers=-1)
     with torch.no_grad():
         model.adapter.linear.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"NaN or infinity for pictures \[0, 1\] of the split"):
-        evaluate(model, Pictures(2))
+    with pytest.raises(ValueError, match=r"NaN or infinity for images \[0, 1\] of the dataset"):
+        evaluate(model, Images(2))
 
 
 def test_classes_in_another_order_are_refused(model):
-    pictures = Pictures(5)
-    pictures.class_names = NAMES[:3] + NAMES[:2:-1]
+    images = Images(5)
+    images.class_names = NAMES[:3] + NAMES[:2:-1]
     with pytest.raises(ValueError, match=f"numbers 2 classes otherwise than the model, such as '{NAMES[4]}'"):
-        evaluate(model, pictures)
-    pictures.class_names = [*NAMES[:3], "another name", "and another"]
-    evaluate(model, pictures)  # names alone do not have to be the model's
+        evaluate(model, images)
+    images.class_names = [*NAMES[:3], "another name", "and another"]
+    evaluate(model, images)  # names alone do not have to be the model's
 
 
 def test_labels_outside_the_models_classes(model):
-    pictures = Pictures(4)
-    pictures.labels[2] = 5
+    images = Images(4)
+    images.labels[2] = 5
     with pytest.raises(ValueError, match="outside 0 to 4, the first being 5"):
-        evaluate(model, pictures)
+        evaluate(model, images)
 
 
-def _on_each_process(folder, pictures):
+def test_labels_follow_their_names():
+    digits = load_splits("digits").test
+    names = ["hundred", *digits.class_names[::-1]]
+    aligned = align_labels(digits, names)
+    assert [names[label] for label in aligned.labels] == [digits.class_names[label] for label in digits.labels]
+    assert aligned.class_names == names
+    assert digits.class_names[0] == "zero"  # the split itself stays as it is
+    assert aligned.fingerprint() != digits.fingerprint()
+    assert align_labels(digits, digits.class_names) is digits
+    with pytest.raises(ValueError, match=r"2 of the dataset's 10 classes are not classes .*, such as nine, zero"):
+        align_labels(digits, digits.class_names[1:9])
+
+
+def test_only_classes_with_images_must_be_classes_of_the_model():
+    digits = load_splits("digits").test
+    ones = digits.select(np.flatnonzero(digits.labels == 1))
+    assert set(align_labels(ones, ["two", "one"]).labels) == {1}
+
+
+def _on_each_process(folder, images):
     """Runs in two real processes: both must return the whole split's metrics."""
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
@@ -185,25 +204,25 @@ def _on_each_process(folder, pictures):
     model = BalladForImageClassification.from_dual_encoder(clip, NAMES, tokenizer)
     model.config.class_counts = COUNTS
     model = accelerator.prepare(model)
-    predictions = predict(model, Pictures(pictures), batch_size=3, accelerator=accelerator)
-    predictions.save(f"{folder}/{pictures}-{accelerator.process_index}.safetensors")
-    assert evaluate(model, Pictures(pictures), batch_size=3, accelerator=accelerator).samples == pictures
+    predictions = predict(model, Images(images), batch_size=3, accelerator=accelerator)
+    predictions.save(f"{folder}/{images}-{accelerator.process_index}.safetensors")
+    assert evaluate(model, Images(images), batch_size=3, accelerator=accelerator).samples == images
 
 
 def _in_two_processes(folder):
-    for pictures in (1, 10, 11):  # fewer pictures than processes, an even and an uneven share
-        _on_each_process(folder, pictures)
+    for images in (1, 10, 11):  # fewer images than processes, equal and unequal shards
+        _on_each_process(folder, images)
 
 
-def test_two_processes_count_every_picture_once(tmp_path):
+def test_two_processes_count_every_image_once(tmp_path):
     debug_launcher(_in_two_processes, (str(tmp_path),), num_processes=2)
     clip, tokenizer, _ = build_tiny_clip(width=32, layers=1, projection_dim=16, patch_size=16)
     model = BalladForImageClassification.from_dual_encoder(clip, NAMES, tokenizer)
-    for pictures in (1, 10, 11):
-        alone = predict(model, Pictures(pictures))
+    for images in (1, 10, 11):
+        alone = predict(model, Images(images))
         for process in (0, 1):
-            shared = type(alone).load(tmp_path / f"{pictures}-{process}.safetensors")
-            assert shared.labels.tolist() == Pictures(pictures).labels.tolist()
+            shared = type(alone).load(tmp_path / f"{images}-{process}.safetensors")
+            assert shared.labels.tolist() == Images(images).labels.tolist()
             assert shared.predicted.tolist() == alone.predicted.tolist()
             assert np.allclose(shared.negative_log_likelihood, alone.negative_log_likelihood, atol=1e-5)
-            assert shared.index.tolist() == list(range(pictures))
+            assert shared.index.tolist() == list(range(images))

@@ -1,14 +1,16 @@
-"""The evaluation script: any bundle on any data, as a user runs it."""
+"""The evaluation script: any model on any data, as a user runs it."""
 
 import json
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 
-from ballad_hf import BalladForImageClassification, evaluate, load_splits, save_bundle
+from ballad_hf import BalladForImageClassification, evaluate, load_splits
 from ballad_hf.data.transforms import five_crop_transform
-from ballad_hf.evaluation.relabel import relabel
-from ballad_hf.evaluation.results import read_results
+from ballad_hf.evaluation.evaluate import align_labels
+from ballad_hf.evaluation.report import read_results
+from ballad_hf.hub.model_directory import save_model_directory
 from ballad_hf.models.tiny_clip import build_tiny_clip
 
 from .conftest import example_module
@@ -20,46 +22,47 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    """A bundle whose classes stand in another order than the data's: (folder, model, image_processor)."""
+def saved(tmp_path_factory):
+    """A model whose classes are in another order than the data's: (folder, model, image_processor)."""
     clip, tokenizer, image_processor = build_tiny_clip(width=32, layers=1, projection_dim=16, patch_size=16)
     splits = load_splits("digits")
     model = BalladForImageClassification.from_dual_encoder(clip, splits.class_names[::-1], tokenizer)
     model.config.class_counts = splits.class_counts[::-1].tolist()
-    folder = save_bundle(tmp_path_factory.mktemp("runs") / "digits", model, tokenizer, image_processor)
+    processor = SimpleNamespace(tokenizer=tokenizer, image_processor=image_processor)
+    folder = save_model_directory(model, tmp_path_factory.mktemp("runs") / "digits", processor)
     return folder, model, image_processor
 
 
-def _run(script, bundle, tmp_path, *options):
-    script.main([str(bundle[0]), "--output_dir", str(tmp_path / "out"), *options])
+def _run(script, saved, tmp_path, *options):
+    script.main([str(saved[0]), "--output_dir", str(tmp_path / "out"), *options])
     ((name, stage),) = read_results(tmp_path / "out").items()
     assert name == "digits"
     return stage
 
 
 def _backwards(split):
-    return relabel(split, split.class_names[::-1])
+    return align_labels(split, split.class_names[::-1])
 
 
-def test_figures_are_those_of_the_library(script, bundle, tmp_path, capsys):
-    stage = _run(script, bundle, tmp_path)
-    _, model, image_processor = bundle
-    expected = evaluate(model, _backwards(load_splits("digits").test), image_processor=image_processor)
+def test_metrics_are_those_of_the_library(script, saved, tmp_path, capsys):
+    stage = _run(script, saved, tmp_path)
+    _, model, image_processor = saved
+    expected = evaluate(model, _backwards(load_splits("digits").test), image_processor)
     assert stage.metrics.class_accuracy == expected.class_accuracy
     assert stage.metrics.train_counts == (2, 3, 5, 8, 12, 19, 30, 47, 73, 108)
     assert stage.metrics.class_names[0] == "nine"
     printed = capsys.readouterr().out
-    assert "digits, test part: 500 pictures" in printed
+    assert "digits: accuracy on 500 test images" in printed
     assert f"{100 * expected.few:.1f}" in printed
-    assert "95 % interval" in printed
+    assert "95% CI" in printed
     for file in ("report.html", "per_class.csv", "plots/mistakes.png", "plots/accuracy_by_frequency.svg"):
         assert (tmp_path / "out" / file).is_file()
 
 
-def test_the_dials_reach_the_model(script, bundle, tmp_path):
-    options = ["--part", "validation", "--five_crop", "--target_prior", "0.5", "--adapter_ratio", "0"]
-    stage = _run(script, bundle, tmp_path, *options)
-    folder, _, image_processor = bundle
+def test_options_reach_the_model(script, saved, tmp_path):
+    options = ["--split", "validation", "--five_crop", "--target_prior", "0.5", "--adapter_ratio", "0"]
+    stage = _run(script, saved, tmp_path, *options)
+    folder, _, image_processor = saved
     model = BalladForImageClassification.from_pretrained(folder)
     model.set_target_prior(0.5)
     model.config.adapter_ratio = 0.0
@@ -68,63 +71,63 @@ def test_the_dials_reach_the_model(script, bundle, tmp_path):
     assert stage.metrics.class_accuracy == expected.class_accuracy
     assert stage.metrics.samples == 200
     model.set_target_prior(None)
-    assert evaluate(model, validation, image_processor=image_processor) != expected
+    assert evaluate(model, validation, image_processor) != expected
 
 
-def test_other_classes_are_refused_or_taken_over(script, bundle, tmp_path):
+def test_other_classes_are_refused_or_taken_over(script, saved, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("\n".join(f"numeral {index}" for index in range(10)))
-    with pytest.raises(ValueError, match="does not know 10 of the 10 classes"):
-        _run(script, bundle, tmp_path, "--class_names", str(names))
-    stage = _run(script, bundle, tmp_path, "--class_names", str(names), "--classes", "data")
+    with pytest.raises(ValueError, match="10 of the dataset's 10 classes are not classes of the model"):
+        _run(script, saved, tmp_path, "--class_names", str(names))
+    stage = _run(script, saved, tmp_path, "--class_names", str(names), "--classes", "data", "--overwrite_output_dir")
     assert stage.metrics.class_names[:2] == ("numeral 0", "numeral 1")
     assert stage.metrics.train_counts == (108, 73, 47, 30, 19, 12, 8, 5, 3, 2)
 
 
-def test_pictures_of_no_class(script, bundle, tmp_path, capsys):
-    _run(script, bundle, tmp_path, "--unknown_dataset", "digits")
-    figures = json.loads((tmp_path / "out" / "open_set.json").read_text())
-    assert (figures["known"], figures["unknown"]) == (500, 500)
-    assert figures["auroc"] == 0.5  # the same pictures: nothing tells them apart
+def test_images_of_none_of_the_classes(script, saved, tmp_path, capsys):
+    _run(script, saved, tmp_path, "--unknown_dataset", "digits")
+    metrics = json.loads((tmp_path / "out" / "open_set.json").read_text())
+    assert (metrics["known"], metrics["unknown"]) == (500, 500)
+    assert metrics["auroc"] == 0.5  # the same images: nothing tells them apart
     assert "AUROC 0.500" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="takes its threshold from the validation part"):
-        _run(script, bundle, tmp_path, "--unknown_dataset", "digits", "--part", "validation")
+    with pytest.raises(ValueError, match="takes its threshold from the validation split"):
+        _run(script, saved, tmp_path, "--unknown_dataset", "digits", "--split", "validation")
 
 
-def test_a_part_that_is_not_there(script, bundle, tmp_path):
+def test_a_missing_split(script, saved, tmp_path):
     from PIL import Image
 
     for label, name in enumerate(load_splits("digits").class_names):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "images" / name).mkdir(parents=True)
         for copy in range(2):
-            Image.new("RGB", (32, 32), (25 * label, 9 * copy, 0)).save(tmp_path / "pictures" / name / f"{copy}.png")
-    options = ["--dataset", str(tmp_path / "pictures")]
-    with pytest.raises(ValueError, match="no test part: choose --part among train, validation"):
-        _run(script, bundle, tmp_path, *options)
-    options += ["--validation_fraction", "0", "--part", "train", "--unknown_dataset", "digits"]
+            Image.new("RGB", (32, 32), (25 * label, 9 * copy, 0)).save(tmp_path / "images" / name / f"{copy}.png")
+    options = ["--dataset", str(tmp_path / "images")]
+    with pytest.raises(ValueError, match="no test split: choose --split from train, validation"):
+        _run(script, saved, tmp_path, *options)
+    options += ["--validation_fraction", "0", "--split", "train", "--unknown_dataset", "digits"]
     with pytest.raises(ValueError, match="threshold from the validation split, and there is none"):
-        _run(script, bundle, tmp_path, *options)
+        _run(script, saved, tmp_path, *options)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--adapter_ratio", "3"], "adapter_ratio is 3.0: choose 0"),
-        (["--num_workers", "-1"], "num_workers -1: give"),
+        (["--num_workers", "-1"], "num_workers -1: choose"),
         (["--batch_size", "0"], "batch_size is 0 and"),
-        (["--target_prior", "often"], "target_prior is 'often': give uniform, train or a number"),
-        (["--unknown_dataset", "digits", "--part", "validation"], "takes its threshold from the validation part"),
+        (["--target_prior", "often"], "target_prior is 'often': choose uniform, train or a number"),
+        (["--unknown_dataset", "digits", "--split", "validation"], "takes its threshold from the validation split"),
     ],
 )
-def test_options_out_of_range_are_refused_before_anything_is_read(script, options, says):
-    with pytest.raises(ValueError, match=says):
+def test_options_out_of_range_are_refused_before_anything_is_read(script, options, message):
+    with pytest.raises(ValueError, match=message):
         script.main(["no-such-model", *options])
 
 
-def test_an_image_tower_alone_takes_over_no_classes(script, bundle, tmp_path):
-    _, model, image_processor = bundle
+def test_a_model_without_text_tower_takes_no_classes(script, saved, tmp_path):
+    _, model, image_processor = saved
     model = deepcopy(model)
     model.remove_text_tower()
-    folder = save_bundle(tmp_path / "small", model, None, image_processor)
-    with pytest.raises(ValueError, match="small has no text tower, so it can't take over classes"):
+    folder = save_model_directory(model, tmp_path / "small", image_processor)
+    with pytest.raises(ValueError, match="small has no text tower, so it can't take the classes of the data"):
         script.main([str(folder), "--classes", "data"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ballad_hf import save_bundle
+from ballad_hf.hub.model_directory import save_model_directory
 from ballad_hf.inference.export import export_onnx, export_program
 from ballad_hf.models.label_bank import tokenize_prompts
 
@@ -101,14 +101,14 @@ def test_a_half_precision_model_is_exported_in_float32_and_left_as_it_was(tiny_b
             torch.testing.assert_close(program.module()(pixels(pictures)), expected)
 
 
-def test_a_vision_only_bundle_serves_its_classes_at_half_the_size(tiny_ballad, tiny_clip, tmp_path):
+def test_a_vision_only_bundle_serves_its_classes_at_half_the_size(tiny_ballad, tiny_clip, tmp_path, tiny_processor):
     from transformers import AutoModelForImageClassification
 
-    whole = save_bundle(tmp_path / "whole", tiny_ballad, tiny_clip.tokenizer, tiny_clip.image_processor)
+    whole = save_model_directory(tiny_ballad, tmp_path / "whole", tiny_processor)
     with torch.no_grad():
         expected = tiny_ballad(pixels(2)).logits
     gone = tiny_ballad.remove_text_tower()
-    small = save_bundle(tmp_path / "small", tiny_ballad, None, tiny_clip.image_processor)
+    small = save_model_directory(tiny_ballad, tmp_path / "small", tiny_processor.image_processor)
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (whole, small)]
     assert sizes[0] - sizes[1] == pytest.approx(gone, abs=8192)  # but for the header
     model = AutoModelForImageClassification.from_pretrained(small)

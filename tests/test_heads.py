@@ -106,7 +106,7 @@ def test_a_cosine_head_goes_into_the_model(tiny_ballad, tiny_clip):
     test = extract_features(tiny_ballad, splits.validation, image_processor=tiny_clip.image_processor)
     found = compare_heads(train, test, ["cosine", "crt"])
     apply_cosine_head(tiny_ballad, found["cosine"].head)
-    through_model = evaluate(tiny_ballad, splits.validation, image_processor=tiny_clip.image_processor)
+    through_model = evaluate(tiny_ballad, splits.validation, tiny_clip.image_processor)
     assert through_model.class_accuracy == found["cosine"].validation.class_accuracy
     with pytest.raises(ValueError, match="Only a cosine head"):
         apply_cosine_head(tiny_ballad, found["crt"].head)

@@ -19,7 +19,7 @@ def test_wilson_gives_newcombes_published_limits():
     assert np.round(high, 4).tolist() == [0.3662, 0.1605, 0.1611, 0.1718]
 
 
-def test_wilson_never_claims_certainty_from_few_pictures():
+def test_wilson_never_claims_certainty_from_few_images():
     low, high = wilson([0, 3], [3, 3])
     assert (low[0], high[1]) == (0.0, 1.0)
     assert high[0] > 0.5
@@ -33,12 +33,12 @@ def test_mean_of_one_class_is_that_class():
     assert intervals["many"] == pytest.approx((low, high))
     assert intervals["mean_class"] == pytest.approx((low, high))
     assert intervals["worst_class"] == pytest.approx((low, high))
-    assert "few" not in intervals  # it has no test picture
+    assert "few" not in intervals  # it has no test image
     assert "top_5" not in intervals
 
 
 def test_mean_over_classes_combines_their_limits():
-    # Two classes of 10 pictures, 8 and 0 right: limits by hand from the Wilson limits of each.
+    # Two classes of 10 images, 8 and 0 right: limits by hand from the Wilson limits of each.
     labels = [0] * 10 + [1] * 10
     predicted = [0] * 8 + [1] * 2 + [0] * 10
     metrics = LongTailMetrics.from_predictions(_predictions(labels, predicted, 2), [500, 3])

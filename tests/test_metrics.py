@@ -18,8 +18,8 @@ def _logits_for(predicted, classes):
     return torch.nn.functional.one_hot(torch.tensor(predicted), classes).float() * 3
 
 
-# Class 0 (500 training pictures, many): 3 of 4 right. Class 1 (100, medium, as the limit is not many): 1 of 2.
-# Class 2 (20, medium, as the limit is not few): 0 of 1. Class 3 (19, few): 2 of 2. Class 4 (5, few): no picture.
+# Class 0 (500 training images, many): 3 of 4 right. Class 1 (100, medium, as the limit is not many): 1 of 2.
+# Class 2 (20, medium, as the limit is not few): 0 of 1. Class 3 (19, few): 2 of 2. Class 4 (5, few): no image.
 LABELS = [0, 0, 0, 0, 1, 1, 2, 3, 3]
 PREDICTED = [0, 0, 0, 1, 1, 0, 3, 3, 3]
 COUNTS = [500, 100, 20, 19, 5]
@@ -37,7 +37,7 @@ def test_every_figure_of_a_table_worked_out_by_hand():
     assert metrics.worst_class_index == 2
     assert metrics.harmonic_mean == 0.0
     assert metrics.geometric_mean == 0.0
-    # F1 = 2 right / (pictures + predictions): 6/(4+4), 2/(2+2), 0/(1+0), 4/(2+3).
+    # F1 = 2 right / (images + predictions): 6/(4+4), 2/(2+2), 0/(1+0), 4/(2+3).
     assert metrics.macro_f1 == pytest.approx((6 / 8 + 2 / 4 + 0 + 4 / 5) / 4)
     assert metrics.top_5 is None  # five classes: every answer would be right
     # One logit of 3 and four of 0: the highest class has probability e^3 / (e^3 + 4), any other 1 / (e^3 + 4).
@@ -63,7 +63,7 @@ def test_groups_that_do_not_exist_are_none_and_not_zero():
     all_many = LongTailMetrics.from_logits(_logits_for([0, 1], 2), [0, 1], [101, 5000])
     assert (all_many.many, all_many.medium, all_many.few) == (1.0, None, None)
     assert all_many.medium_calibration_error is None
-    # The few-shot class exists, but not one test picture shows it.
+    # The few-shot class exists, but not one test image shows it.
     untested = LongTailMetrics.from_logits(_logits_for([0, 0], 2), [0, 0], [500, 3])
     assert untested.few is None
     assert untested.class_accuracy == (1.0, None)
@@ -91,11 +91,11 @@ def test_equal_logits_are_one_answer_and_not_several():
 
 
 def test_calibration_bins_are_open_below_and_closed_above():
-    pictures, summed, right = calibration_bins(np.array([0.1, 0.2, 0.21, 1.0]), np.array([1, 0, 1, 1]), bins=5)
-    assert pictures.tolist() == [2, 1, 0, 0, 1]
+    images, summed, right = calibration_bins(np.array([0.1, 0.2, 0.21, 1.0]), np.array([1, 0, 1, 1]), bins=5)
+    assert images.tolist() == [2, 1, 0, 0, 1]
     assert summed == pytest.approx([0.3, 0.21, 0, 0, 1.0])
     assert right.tolist() == [1, 1, 0, 0, 1]
-    # Gaps: |0.3 - 1| + |0.21 - 1| + 0, over four pictures.
+    # Gaps: |0.3 - 1| + |0.21 - 1| + 0, over four images.
     assert calibration_error(np.array([0.1, 0.2, 0.21, 1.0]), np.array([1, 0, 1, 1]), bins=5) == pytest.approx(
         1.49 / 4
     )
@@ -103,10 +103,10 @@ def test_calibration_bins_are_open_below_and_closed_above():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 12), st.integers(1, 60))
-def test_agrees_with_scikit_learn(seed, classes, pictures):
+def test_agrees_with_scikit_learn(seed, classes, images):
     rng = np.random.default_rng(seed)
-    logits = rng.normal(size=(pictures, classes)).astype(np.float32) * 3
-    labels = rng.integers(0, classes, pictures)
+    logits = rng.normal(size=(images, classes)).astype(np.float32) * 3
+    labels = rng.integers(0, classes, images)
     metrics = LongTailMetrics.from_logits(logits, labels, rng.integers(1, 300, classes))
     predicted, present = logits.argmax(1), np.unique(labels)
     assert metrics.overall == pytest.approx(reference.accuracy_score(labels, predicted))
@@ -123,7 +123,7 @@ def test_agrees_with_scikit_learn(seed, classes, pictures):
         assert metrics.top_5 == pytest.approx(top_5)
     assert 0 <= metrics.expected_calibration_error <= 1
     assert metrics.harmonic_mean <= metrics.geometric_mean + 1e-12 <= metrics.mean_class + 2e-12
-    order = rng.permutation(pictures)
+    order = rng.permutation(images)
     again = LongTailMetrics.from_logits(logits[order], labels[order], metrics.train_counts)
     for name in ("overall", "mean_class", "worst_class", "few", "macro_f1", "expected_calibration_error"):
         assert getattr(again, name) == pytest.approx(getattr(metrics, name))
@@ -144,15 +144,15 @@ def test_half_precision_logits_are_scored_in_single():
     ("logits", "labels", "counts", "message"),
     [
         (torch.zeros(3, 2), [0, 1], [5, 5], "3 rows of logits but 2 labels"),
-        (torch.zeros(2, 2), [0, 2], [5, 5], "1 labels lie outside 0 to 1, the first being 2 at row 1"),
+        (torch.zeros(2, 2), [0, 2], [5, 5], "1 labels are outside 0 to 1, the first being 2 at row 1"),
         (torch.zeros(2, 2), [0, -1], [5, 5], "the first being -1 at row 1"),
         (torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]), [0, 1], [5, 5], "the first at row 1"),
-        (torch.tensor([[0.0, float("inf")]]), [0], [5, 5], "hold NaN or infinity"),
+        (torch.tensor([[0.0, float("inf")]]), [0], [5, 5], "contain NaN or infinity"),
         (torch.zeros(0, 2), [], [5, 5], "nothing to evaluate"),
-        (torch.zeros(2, 2), [0.0, 1.0], [5, 5], "whole numbers"),
-        (torch.zeros(2), [0, 1], [5, 5], r"must be \(pictures, classes\)"),
+        (torch.zeros(2, 2), [0.0, 1.0], [5, 5], "pass integers"),
+        (torch.zeros(2), [0, 1], [5, 5], r"expected \(images, classes\)"),
         (torch.zeros(2, 2), [0, 1], [5, 5, 5], "train_counts has shape"),
-        (torch.zeros(2, 2), [0, 1], [5, -1], "whole numbers of 0 or more"),
+        (torch.zeros(2, 2), [0, 1], [5, -1], "non-negative integers"),
     ],
 )
 def test_bad_input_is_named(logits, labels, counts, message):

@@ -1,4 +1,4 @@
-"""The card says what was measured, in the form that the Hub and its client read."""
+"""The model card states what was measured, in the form that the Hub and its client read."""
 
 import json
 import os
@@ -6,15 +6,17 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from ballad_hf import LongTailMetrics, load_splits
-from ballad_hf.hub.model_card import evaluation_result_file, render_model_card
+from ballad_hf.evaluation.predictions import Predictions
+from ballad_hf.hub import model_card
+from ballad_hf.hub.model_card import evaluation_result_file, project_url, render_model_card
 from ballad_hf.training.command_line import parse_arguments
 
 
@@ -29,11 +31,12 @@ ARGUMENTS = {
 }
 
 
-def _metrics(right, names=None, counts=COUNTS, pictures=10):
-    """`right[c]` of ten pictures of class c are right, the others are taken for the next class."""
-    labels = np.repeat(np.arange(5), pictures)
-    predicted = np.where(np.tile(np.arange(pictures), 5) < np.repeat(right, pictures), labels, (labels + 1) % 5)
-    return LongTailMetrics.from_logits(20 * np.eye(5)[predicted], labels, counts, names)
+def _metrics(correct, names=None, counts=COUNTS, images=10, split="test"):
+    """`correct[c]` of the images of class c are classified correctly, the others as the next class."""
+    labels = np.repeat(np.arange(5), images)
+    predicted = np.where(np.tile(np.arange(images), 5) < np.repeat(correct, images), labels, (labels + 1) % 5)
+    predictions = Predictions.from_logits(20 * np.eye(5)[predicted], labels).of_split("pets", split)
+    return LongTailMetrics.from_predictions(predictions, counts, names)
 
 
 @pytest.fixture
@@ -75,46 +78,110 @@ def test_every_stage_and_its_uncertainty_can_be_read(tiny_ballad, results):
     text = str(_card(tiny_ballad, results))
     assert "| before training | 44.0 | 44.0 | 50.0 | 50.0 | 35.0 | 20.0 |" in text
     assert "| **phase B** | **56.0** | **56.0** | **65.0** | **80.0** | **35.0** | **0.0** |" in text
-    # Wilson's interval of 28 right among 50, worked out by hand: centre 0.5557, half-width 0.1325.
+    # Wilson's interval of 28 right among 50, by hand: centre 0.5557, half-width 0.1325.
     assert "| Overall accuracy | 56.0 | 42.3 to 68.8 |" in text
     assert "| zebra | 3 | 10 | 0.0 |" in text
     assert "Seeds: 3." in text
 
 
-def test_limits_are_read_off_the_figures(tiny_ballad, results):
+def test_limits_follow_from_the_metrics(tiny_ballad, results):
     text = str(_card(tiny_ballad, {"phase A": _metrics([9, 9, 9, 9, 5]), "phase B": _metrics([4, 9, 9, 9, 0])}))
-    assert "On many-shot classes it does worse than the stage “phase A”: 65.0 % against 90.0 %." in text
-    assert "On few-shot classes it does worse than the stage “phase A”: 45.0 % against 70.0 %." in text
+    assert "On many-shot classes it is worse than phase A: 65.0% against 90.0%." in text
+    assert "On few-shot classes it is worse than phase A: 45.0% against 70.0%." in text
     assert "On medium-shot classes" not in text
     assert "1 of 5 classes were never recognised" in text
     assert "points on average" in text  # confidence of 1 at 62 % accuracy
     better = str(_card(tiny_ballad, {"before": _metrics([5] * 5), "after": _metrics([10] * 5)}, seeds=[0, 1, 2]))
-    assert "does worse" not in better
+    assert "it is worse" not in better
     assert "never recognised" not in better
     assert "one training run" not in better
     assert "Seeds: 0, 1, 2." in better
 
 
-def test_figures_of_the_validation_part_say_that_they_flatter(tiny_ballad):
-    splits = load_splits("digits")
-    splits.test = None
-    uneven = {"phase B": _metrics([4, 9, 9, 9, 0], pictures=9)}
-    text = str(_card(tiny_ballad, uneven, splits=splits))
-    assert "on the validation part (45 pictures)" in text
-    assert "so they flatter the model" in text
-    assert "never recognised in the validation pictures" in text
-    assert "Classes with fewer than 10 validation pictures, whose own figures are uncertain: 5." in text
-    assert "test pictures" not in text
-    splits = load_splits("digits")
-    assert "flatter" not in str(_card(tiny_ballad, uneven, splits=splits))
+def test_results_on_validation_images_are_called_that(tiny_ballad):
+    uneven = {"phase B": _metrics([4, 9, 9, 9, 0], images=9, split="validation")}
+    card = _card(tiny_ballad, uneven)
+    text = str(card)
+    assert "on 45 validation images" in text
+    assert "so the results are optimistic" in text
+    assert "never recognised in the validation images" in text
+    assert "Classes with fewer than 10 of the validation images, whose accuracy is uncertain: 5." in text
+    assert "test images" not in text
+    assert {result.dataset_split for result in card.data.eval_results} == {"validation"}
+    assert "optimistic" not in str(_card(tiny_ballad, {"phase B": _metrics([4, 9, 9, 9, 0])}))
+
+
+def test_a_result_below_zero_shot_or_at_chance_is_said(tiny_ballad, results):
+    worse = str(_card(tiny_ballad, {"zero-shot": _metrics([9] * 5), "phase B": _metrics([5] * 5)}))
+    assert "- Below zero-shot: phase B has a mean-class accuracy of 50.0% on the test images" in worse
+    assert "- Not above chance: phase B" in str(_card(tiny_ballad, {"phase B": _metrics([10, 0, 0, 0, 0])}))
+    assert "Not above chance" not in str(_card(tiny_ballad, results))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "`code` *bold* [x](http:x) <img src=x>",
+        "a|b",
+        "x\n```\n# heading",
+        "a & b",
+        "```",
+        "x" * 100 + " ``` " + "y" * 90,
+    ],
+)
+def test_the_name_of_the_data_can_not_break_the_page(tiny_ballad, results, name):
+    arguments = ARGUMENTS | {"dataset": f"/home/me/{name}", "templates": [f"{name} {{}}"], "output_dir": f"out/{name}"}
+    tiny_ballad.config.templates = [f"{name} {{}}"]
+    text = str(_card(tiny_ballad, results, dataset_name=name, arguments=arguments))
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text.split("---\n", 2)[2])
+    inline = [child for token in tokens for child in token.children or []]
+    assert not [child for child in inline if child.type == "html_inline"]
+    assert "http:x" not in [child.attrGet("href") for child in inline if child.type == "link_open"]
+    plain = " ".join(name.split())
+    assert any(plain in "".join(child.content for child in token.children or []) for token in tokens)
+    recipe = next(token.content for token in tokens if token.type == "fence" and token.info == "yaml")
+    assert yaml.safe_load(recipe)["dataset"] == name
+    headings = [tokens[place + 1].content for place, token in enumerate(tokens) if token.type == "heading_open"]
+    assert headings[1:] == ["Use", "Results", "Intended use", "Limits", "Training", "License", "Citation"]
+    for token in tokens:
+        if token.type == "fence" and token.info == "python":
+            compile(token.content, "snippet", "exec")
+
+
+def test_relative_paths_stay_private(tiny_ballad, results):
+    arguments = ARGUMENTS | {"dataset": "../home_of_alice/birds", "model_name_or_path": "../home_of_alice/clip"}
+    card = _card(tiny_ballad, results, arguments=arguments)
+    assert "alice" not in str(card)
+    assert "dataset: birds" in str(card)
+    assert (card.data.datasets, card.data.base_model) == (None, None)
+
+
+def test_the_card_links_the_project_of_the_metadata_and_no_package_index(tiny_ballad, results, tmp_path, monkeypatch):
+    found = tmp_path / "named-1.0.dist-info"
+    found.mkdir()
+    (found / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: named\nVersion: 1.0\n"
+        "Project-URL: Documentation, https://example.org/docs\nProject-URL: Source, https://example.org/named\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert project_url("named") == "https://example.org/named"
+    assert project_url("no-such-package") is None
+    monkeypatch.setattr(model_card, "project_url", lambda: None)
+    without = str(_card(tiny_ballad, results))
+    assert "pip install ballad_hf\n" in without
+    assert "pypi" not in without
+    monkeypatch.setattr(model_card, "project_url", lambda: "https://example.org/ballad")
+    text = str(_card(tiny_ballad, results))
+    assert "[ballad_hf](https://example.org/ballad)" in text
+    assert "pip install git+https://example.org/ballad\n" in text
 
 
 def test_a_run_without_validation_says_so(tiny_ballad, results):
-    splits = load_splits("digits")
-    said = "no validation split: each phase kept the weights of its last epoch"
-    assert said not in str(_card(tiny_ballad, results, splits=splits))
-    splits.validation = None
-    assert said in str(_card(tiny_ballad, results, splits=splits))
+    data = dict(load_splits("digits").items())
+    note = "no validation split: each phase kept the weights of its last epoch"
+    assert note not in str(_card(tiny_ballad, results, datasets=data))
+    del data["validation"]
+    assert note in str(_card(tiny_ballad, results, datasets=data))
 
 
 def test_private_paths_stay_private(tiny_ballad, results, tmp_path):
@@ -152,36 +219,32 @@ def test_class_names_cannot_break_the_page(tiny_ballad):
     assert "| c d | 50 | 10 | 30.0 |" in text
 
 
-def test_thresholds_parts_and_pictures_are_those_of_the_run(tiny_ballad):
-    part = type("Part", (), {"__len__": lambda self: 7, "fingerprint": lambda self: "abc123"})()
-    splits = SimpleNamespace(train=part, validation=part, test=None)
+def test_thresholds_splits_and_plots_are_those_of_the_run(tiny_ballad):
+    data = type("Data", (), {"__len__": lambda self: 7, "fingerprint": lambda self: "abc123"})()
     base = _metrics([1, 2, 3, 4, 5])
     metrics = LongTailMetrics.from_dict(base.to_dict() | {"many_above": 200, "few_below": 5})
     plots = ["out/accuracy_by_frequency.png", "out/accuracy_by_frequency.svg", "out/reliability.png"]
-    card = _card(tiny_ballad, {"phase B": metrics}, splits=splits, plots=plots)
-    text = str(card)
-    assert "more than 200, 5 to 200, and fewer than 5 training pictures" in text
+    text = str(_card(tiny_ballad, {"phase B": metrics}, datasets={"train": data, "validation": data}, plots=plots))
+    assert "more than 200, 5 to 200, and fewer than 5 training images" in text
     assert "| validation | 7 | `abc123` |" in text
     assert "| test |" not in text
-    assert "Accuracy in percent on the validation part (50 pictures)." in text
-    assert {result.dataset_split for result in card.data.eval_results} == {"validation"}
     assert "](plots/accuracy_by_frequency.png)" in text
     assert ".svg" not in text
     assert "reliability" not in text
 
 
-def test_from_random_weights_there_is_no_other_licence(tiny_ballad, results):
+def test_from_random_weights_there_is_no_other_license(tiny_ballad, results):
     text = str(_card(tiny_ballad, results, arguments={"model_name_or_path": "tiny"}))
-    assert "no other model's licence holds" in text
+    assert "no other model's license applies" in text
     assert "from the web" not in text
-    assert "whose licence holds for them too" in str(_card(tiny_ballad, results))
+    assert "whose license applies to them too" in str(_card(tiny_ballad, results))
 
 
-def test_licence_of_a_local_base_model_is_read_from_its_card(tiny_ballad, results, tmp_path):
+def test_license_of_a_local_base_model_is_read_from_its_card(tiny_ballad, results, tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# base\n")
     card = _card(tiny_ballad, results, arguments={"model_name_or_path": str(tmp_path)})
     assert card.data.license == "apache-2.0"
-    assert "stay under its licence, `apache-2.0`" in str(card)
+    assert "keep its license, `apache-2.0`" in str(card)
 
 
 def test_a_vision_only_model_offers_no_zero_shot(tiny_ballad, results):
@@ -197,12 +260,12 @@ def test_the_usage_snippet_is_python(tiny_ballad, results):
 
 
 def test_nothing_measured_nothing_claimed(tiny_ballad):
-    with pytest.raises(ValueError, match="no result to put on the card"):
+    with pytest.raises(ValueError, match="no results for the model card"):
         _card(tiny_ballad, {})
     metrics = _metrics([1, 2, 3, 4, 5], counts=None)
     text = str(_card(tiny_ballad, {"phase B": metrics}))
     assert "Few-shot accuracy" not in text
-    assert "no figures for head and tail" in text
+    assert "no metrics by shot group" in text
 
 
 def test_newer_result_file():
@@ -213,9 +276,9 @@ def test_newer_result_file():
     assert entry["dataset"] == {"id": "owner/bench", "task_id": "few"}
     assert entry["value"] == 35.0
     assert entry["notes"] == "5 crops"
-    with pytest.raises(ValueError, match="name on the Hub"):
+    with pytest.raises(ValueError, match="dataset on the Hub"):
         evaluation_result_file(metrics, dataset_id="bench", task_id="few")
-    with pytest.raises(ValueError, match="no figure 'top_5'"):
+    with pytest.raises(ValueError, match="no 'top_5'"):
         evaluation_result_file(metrics, dataset_id="owner/bench", task_id="few", metric="top_5")
 
 

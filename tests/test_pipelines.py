@@ -12,6 +12,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 from transformers.pipelines import ZeroShotImageClassificationPipeline
 
 import ballad_hf
+from ballad_hf.hub.model_directory import save_model_directory
 from ballad_hf.inference import TASK, CachedZeroShotImageClassificationPipeline
 
 
@@ -249,8 +250,8 @@ def test_a_model_without_stored_classes_asks_for_labels(tiny_clip):
         classify(picture())
 
 
-def test_the_task_loads_a_folder_by_its_name(tiny_ballad, tiny_clip, tmp_path):
-    folder = ballad_hf.save_bundle(tmp_path / "bundle", tiny_ballad, tiny_clip.tokenizer, tiny_clip.image_processor)
+def test_the_task_loads_a_folder_by_its_name(tiny_ballad, tiny_processor, tmp_path):
+    folder = save_model_directory(tiny_ballad, tmp_path / "bundle", tiny_processor)
     classify = pipeline(TASK, model=str(folder))
     assert isinstance(classify, CachedZeroShotImageClassificationPipeline)
     assert {row["label"] for row in classify(picture())} == set(tiny_ballad.config.class_names)

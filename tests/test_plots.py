@@ -6,17 +6,23 @@ from PIL import Image
 
 from ballad_hf import LongTailMetrics
 from ballad_hf.evaluation.mistakes import plot_confusions, plot_mistakes, thumbnail, worst_confusions, worst_mistakes
-from ballad_hf.evaluation.plot_style import save_figure, short
-from ballad_hf.evaluation.plots import plot_accuracy_by_frequency, plot_gain_by_class, plot_reliability, save_plots
+from ballad_hf.evaluation.plots import (
+    plot_accuracy_by_frequency,
+    plot_gain_by_class,
+    plot_reliability,
+    save_figure,
+    short,
+)
 from ballad_hf.evaluation.predictions import Predictions
+from ballad_hf.evaluation.report import save_plots
 
 
 NAMES = ["cat $5", "a class with a name that does not fit any axis", "猫", "red fox", "zebra"]
 COUNTS = [19, 500, 3, 120, 50]
 
 
-class Pictures:
-    """As a split: pictures of several shapes."""
+class Images:
+    """A dataset of images of several shapes."""
 
     def __init__(self, number):
         self.number = number
@@ -29,18 +35,18 @@ class Pictures:
         return Image.new("L", (8 + row % 3, 5 + row % 7), row % 256)
 
 
-def _said(labels, predicted, classes=5, sureness=4.0):
+def _predictions(labels, predicted, classes=5, sureness=4.0):
     logits = np.eye(classes, dtype=np.float32)[np.asarray(predicted)] * np.reshape(sureness, (-1, 1))
     return Predictions.from_logits(logits, np.asarray(labels))
 
 
 def _stage(right, counts=COUNTS, names=NAMES):
-    """`right[c]` of ten pictures of class c are right, the rest are taken for the next class."""
+    """`right[c]` of ten images of class c are right, the rest are taken for the next class."""
     classes = len(right)
     labels = np.repeat(np.arange(classes), 10)
     hit = np.tile(np.arange(10), classes) < np.repeat(right, 10)
-    said = _said(labels, np.where(hit, labels, (labels + 1) % classes), classes)
-    return said, LongTailMetrics.from_predictions(said, counts, names)
+    predictions = _predictions(labels, np.where(hit, labels, (labels + 1) % classes), classes)
+    return predictions, LongTailMetrics.from_predictions(predictions, counts, names)
 
 
 @pytest.fixture
@@ -51,14 +57,14 @@ def stages():
 
 
 def test_every_plot_of_a_run_in_one_call(stages, tmp_path):
-    files = save_plots(tmp_path / "new" / "plots", *stages, split=Pictures(50))
+    files = save_plots(tmp_path / "new" / "plots", *stages, dataset=Images(50))
     names = ["accuracy_by_frequency", "gain_by_class", "reliability", "confusions", "mistakes"]
     assert [file.name for file in files] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
     for file in files:
         if file.suffix == ".png":
-            with Image.open(file) as picture:
-                assert min(picture.size) > 400
-                assert len(picture.convert("L").getcolors(1 << 16)) > 10  # something is drawn
+            with Image.open(file) as image:
+                assert min(image.size) > 400
+                assert len(image.convert("L").getcolors(1 << 16)) > 10  # something is drawn
         else:
             assert file.read_text(encoding="utf-8").lstrip().startswith("<?xml")
 
@@ -70,8 +76,8 @@ def test_the_same_run_gives_the_same_bytes(stages, tmp_path):
 
 
 def test_what_cannot_be_drawn_is_left_out(tmp_path):
-    said, metrics = _stage([10] * 5, counts=None)
-    files = save_plots(tmp_path, {"model": metrics}, {"model": said}, split=Pictures(50))
+    predictions, metrics = _stage([10] * 5, counts=None)
+    files = save_plots(tmp_path, {"model": metrics}, {"model": predictions}, dataset=Images(50))
     assert [file.name for file in files] == ["reliability.png", "reliability.svg"]
 
 
@@ -80,7 +86,7 @@ def test_accuracy_stands_under_the_frequency_of_its_class(stages):
     top, bottom = figure.axes
     # By frequency: class 1 (500), 3 (120), 4 (50), 0 (19), 2 (3).
     assert [text.get_text() for text in bottom.get_xticklabels()] == [
-        "a class with…it any axis", "red fox", "zebra", "cat $5", "猫",
+        "a class with…it any axis", "red fox", "zebra", "cat $5", "class 2",
     ]  # fmt: skip
     markers = {tuple(line.get_xdata()): list(line.get_ydata()) for line in bottom.get_lines() if len(line.get_xdata())}
     assert markers[(0, 1)] == [0.9, 0.8]  # many
@@ -90,23 +96,23 @@ def test_accuracy_stands_under_the_frequency_of_its_class(stages):
     (steps,) = top.patches
     assert steps.get_data().values.tolist() == [500, 120, 50, 19, 3]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend[:2] == ["many-shot: 2 classes, mean 85.0 %", "medium-shot: 1 class, mean 70.0 %"]
+    assert legend[:2] == ["many-shot: 2 classes, mean 85.0%", "medium-shot: 1 class, mean 70.0%"]
 
 
 def test_gain_of_the_last_stage_over_the_one_before(stages):
     figure = plot_gain_by_class(stages[0])
     (axes,) = figure.axes
     assert [round(bar.get_height(), 6) for bar in axes.containers[0]] == [-0.1, 0.0, 0.1, 0.6, 0.4]
-    assert axes.get_title(loc="left") == "phase B against phase A: mean-class +20.0 points"
+    assert axes.get_title(loc="left") == "phase B vs. phase A on evaluation images: mean-class +20.0 points"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["better: 3 classes", "worse: 1 class"]
     over_all = plot_gain_by_class(stages[0], before="before training").axes[0]
     assert [round(bar.get_height(), 6) for bar in over_all.containers[0]] == [0.4, 0.3, 0.2, 0.4, -0.1]
 
 
 def test_reliability_is_that_of_the_bins(stages):
-    said = _said([0] * 10 + [1] * 10, [0] * 8 + [1] * 2 + [1] * 5 + [0] * 5, 2, [3.0] * 10 + [0.5] * 10)
-    metrics = LongTailMetrics.from_predictions(said, [500, 3])
-    top = plot_reliability(said, metrics).axes[0]
+    predictions = _predictions([0] * 10 + [1] * 10, [0] * 8 + [1] * 2 + [1] * 5 + [0] * 5, 2, [3.0] * 10 + [0.5] * 10)
+    metrics = LongTailMetrics.from_predictions(predictions, [500, 3])
+    top = plot_reliability(predictions, metrics).axes[0]
     sure, unsure = np.exp(3) / (np.exp(3) + 1), np.exp(0.5) / (np.exp(0.5) + 1)
     curves = [(line.get_xdata(), line.get_ydata()) for line in top.get_lines() if len(line.get_xdata())]
     diagonal, many, few, everything = curves
@@ -117,10 +123,10 @@ def test_reliability_is_that_of_the_bins(stages):
     assert f"many-shot: error {100 * (sure - 0.8):.1f} points" in labels
 
 
-def test_a_bin_of_few_pictures_bends_no_line_but_is_shown():
-    """Ten sure pictures, 8 right; nine unsure ones, all wrong, which would pull the line to the bottom."""
-    said = _said([0] * 10 + [1] * 9, [0] * 8 + [1] * 2 + [0] * 9, 2, [3.0] * 10 + [0.5] * 9)
-    figure = plot_reliability(said, LongTailMetrics.from_predictions(said, [500, 3]))
+def test_a_bin_of_few_images_bends_no_line_but_is_shown():
+    """Ten sure images, 8 right; nine unsure ones, all wrong, which would pull the line to the bottom."""
+    predictions = _predictions([0] * 10 + [1] * 9, [0] * 8 + [1] * 2 + [0] * 9, 2, [3.0] * 10 + [0.5] * 9)
+    figure = plot_reliability(predictions, LongTailMetrics.from_predictions(predictions, [500, 3]))
     top = figure.axes[0]
     sure, unsure = np.exp(3) / (np.exp(3) + 1), np.exp(0.5) / (np.exp(0.5) + 1)
     lines = [line.get_xydata().tolist() for line in top.get_lines() if len(line.get_xdata())]
@@ -128,7 +134,7 @@ def test_a_bin_of_few_pictures_bends_no_line_but_is_shown():
     assert np.allclose(lines[1:], [[[sure, 0.8]]] * 2)
     pale = [markers.get_offsets().tolist() for markers in top.collections if markers.get_alpha() is not None]
     assert np.allclose([markers for markers in pale if markers], [[[unsure, 0.0]]] * 2)  # few-shot, all
-    assert "pale: under 10 pictures" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "pale: fewer than 10 images" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_ten_thousand_classes_stay_readable_and_small(tmp_path):
@@ -142,13 +148,13 @@ def test_ten_thousand_classes_stay_readable_and_small(tmp_path):
         half = np.full(len(labels), 0.5, dtype=np.float32)
         stages[name] = Predictions(np.arange(len(labels)), labels, predicted, half, half, rank, classes)
     counts = np.maximum(1, 2000 * 0.999 ** np.arange(classes)).astype(int)
-    results = {name: LongTailMetrics.from_predictions(said, counts) for name, said in stages.items()}
+    results = {name: LongTailMetrics.from_predictions(predictions, counts) for name, predictions in stages.items()}
     files = save_plots(tmp_path, results, stages)
     assert sum(file.stat().st_size for file in files) < 4_000_000
     axes = plot_gain_by_class(results).axes[0]
     heights = np.array([bar.get_height() for bar in axes.containers[0]])
     assert len(heights) == 100
-    # The first bar is the mean of the hundred most frequent classes that have a test picture.
+    # The first bar is the mean of the hundred most frequent classes that have a test image.
     change = [
         after - before
         for before, after in zip(results["phase A"].class_accuracy, results["phase B"].class_accuracy, strict=True)
@@ -156,26 +162,26 @@ def test_ten_thousand_classes_stay_readable_and_small(tmp_path):
     ]
     seen = sum(value is not None for value in results["phase B"].class_accuracy[:100])
     assert heights[0] == pytest.approx(np.mean(change[:seen]))
-    assert "each bar the mean of 100" in axes.get_xlabel()
+    assert "each bar is the mean of 100" in axes.get_xlabel()
     confusions = plot_confusions(stages["phase B"])
     assert len(confusions.axes[0].get_xticklabels()) <= 20
 
 
 def test_confusions_are_ranked_by_what_is_sure_of_them():
-    # Class 0: one picture, taken for 1. Class 1: 40 of 50 taken for 2. Class 2: 10 of 50 taken for 1.
+    # Class 0: one image, taken for 1. Class 1: 40 of 50 taken for 2. Class 2: 10 of 50 taken for 1.
     labels = [0] + [1] * 50 + [2] * 50
     predicted = [1] + [2] * 40 + [1] * 10 + [1] * 10 + [2] * 40
-    worst = worst_confusions(_said(labels, predicted, 3))
-    assert list(zip(worst.right.tolist(), worst.said.tolist(), worst.pictures.tolist(), strict=True)) == [
+    worst = worst_confusions(_predictions(labels, predicted, 3))
+    assert list(zip(worst.true.tolist(), worst.predicted.tolist(), worst.images.tolist(), strict=True)) == [
         (1, 2, 40), (0, 1, 1), (2, 1, 10),
     ]  # fmt: skip
-    assert worst.share.tolist() == [0.8, 1.0, 0.2]
+    assert worst.fraction.tolist() == [0.8, 1.0, 0.2]
 
 
 def test_confusion_map_shows_shares_of_rows():
     labels = [0] * 4 + [1] * 5 + [2] * 2
     predicted = [0, 0, 0, 1] + [1, 1, 1, 2, 2] + [2, 2]
-    axes = plot_confusions(_said(labels, predicted, 3), ["a", "b", "c"]).axes[0]
+    axes = plot_confusions(_predictions(labels, predicted, 3), ["a", "b", "c"]).axes[0]
     written = {text.get_position(): text.get_text() for text in axes.texts}
     assert written == {(0, 0): "75", (1, 0): "25", (1, 1): "60", (2, 1): "40", (2, 2): "100"}
 
@@ -183,8 +189,8 @@ def test_confusion_map_shows_shares_of_rows():
 def test_map_of_many_classes_holds_the_worst_pairs_whole():
     labels = np.repeat(np.arange(30), 10)
     hit = np.tile(np.arange(10), 30) < np.repeat(10 - np.arange(30) % 10, 10)
-    said = _said(labels, np.where(hit, labels, (labels + 1) % 30), 30)
-    shown = [text.get_text() for text in plot_confusions(said, most_classes=6).axes[0].get_xticklabels()]
+    predictions = _predictions(labels, np.where(hit, labels, (labels + 1) % 30), 30)
+    shown = [text.get_text() for text in plot_confusions(predictions, most_classes=6).axes[0].get_xticklabels()]
     # Nine of ten wrong: classes 9, 19 and 29, each taken for the next.
     assert shown == ["class 0", "class 9", "class 10", "class 19", "class 20", "class 29"]
 
@@ -192,37 +198,37 @@ def test_map_of_many_classes_holds_the_worst_pairs_whole():
 def test_worst_mistakes_are_the_surest_and_not_all_of_one_pair():
     labels = [0, 0, 0, 0, 0, 1, 2]
     predicted = [1, 1, 1, 1, 0, 2, 0]
-    said = _said(labels, predicted, 3, [9, 8, 7, 6, 10, 5, 8.5])
+    predictions = _predictions(labels, predicted, 3, [9, 8, 7, 6, 10, 5, 8.5])
     # Pair (0, 1) has its three surest, the fourth is left out; row 4 is right.
-    assert worst_mistakes(said).tolist() == [0, 6, 1, 2, 5]
-    assert worst_mistakes(said, most=2).tolist() == [0, 6]
-    assert worst_mistakes(_said([0], [0], 3)).tolist() == []
+    assert worst_mistakes(predictions).tolist() == [0, 6, 1, 2, 5]
+    assert worst_mistakes(predictions, most=2).tolist() == [0, 6]
+    assert worst_mistakes(_predictions([0], [0], 3)).tolist() == []
 
 
-def test_mistakes_show_the_pictures_of_their_rows():
-    said = _said([0, 1], [1, 1], 2)
+def test_mistakes_show_the_images_of_their_rows():
+    predictions = _predictions([0, 1], [1, 1], 2)
     logits = np.array([[0.0, 4.0], [0.0, 4.0]])
     moved = Predictions.from_logits(logits, [0, 1], index=[5, 2])
-    axes = plot_mistakes(moved, Pictures(6), ["cat", "dog"]).axes[0]
-    assert axes.get_title() == "cat\n→ dog\n98 % sure"
+    axes = plot_mistakes(moved, Images(6), ["cat", "dog"]).axes[0]
+    assert axes.get_title() == "cat\n→ dog\n98% confident"
     shown = np.asarray(axes.images[0].get_array())
     assert shown.shape[:2] == (128, 128)
-    assert (shown[64, 64] == 5).all()  # row 5 is a picture of the grey 5
-    with pytest.raises(ValueError, match="row 5 in a split of 3 pictures"):
-        plot_mistakes(moved, Pictures(3))
-    with pytest.raises(ValueError, match="no mistake"):
-        plot_mistakes(_said([0], [0], 2), Pictures(1))
-    assert plot_mistakes(said, Pictures(2)).axes[0].get_title() == "class 0\n→ class 1\n98 % sure"
+    assert (shown[64, 64] == 5).all()  # row 5 is a image of the grey 5
+    with pytest.raises(ValueError, match="row 5, but the dataset has 3 images"):
+        plot_mistakes(moved, Images(3))
+    with pytest.raises(ValueError, match="no mistakes"):
+        plot_mistakes(_predictions([0], [0], 2), Images(1))
+    assert plot_mistakes(predictions, Images(2)).axes[0].get_title() == "class 0\n→ class 1\n98% confident"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 900), (900, 3), (128, 128), (4000, 3000)])
-def test_thumbnails_are_squares_of_any_picture(size):
+def test_thumbnails_are_squares_of_any_image(size):
     assert thumbnail(Image.new("RGB", size, "red")).size == (128, 128)
 
 
 def test_dollars_are_no_formula(tmp_path):
-    said, metrics = _stage([1, 2], counts=[500, 3], names=["$\\frac$", "a $ b $"])
-    save_plots(tmp_path, {"m": metrics}, {"m": said}, split=Pictures(20))
+    predictions, metrics = _stage([1, 2], counts=[500, 3], names=["$\\frac$", "a $ b $"])
+    save_plots(tmp_path, {"m": metrics}, {"m": predictions}, dataset=Images(20))
 
 
 def test_names_are_cut_in_the_middle():
@@ -232,14 +238,14 @@ def test_names_are_cut_in_the_middle():
 
 
 def test_bad_input_is_named(stages, tmp_path):
-    results, said = stages
-    with pytest.raises(ValueError, match="nothing to draw"):
+    results, predictions = stages
+    with pytest.raises(ValueError, match="no results to plot"):
         save_plots(tmp_path, {}, {})
     with pytest.raises(ValueError, match="no predictions of 'phase B', only of phase A"):
-        save_plots(tmp_path, results, {"phase A": said["phase A"]})
-    with pytest.raises(ValueError, match="1 predictions, but metrics of 50 pictures"):
-        save_plots(tmp_path, results, {"phase B": _said([0], [0])})
-    with pytest.raises(ValueError, match="'phase C' is not among the earlier results"):
+        save_plots(tmp_path, results, {"phase A": predictions["phase A"]})
+    with pytest.raises(ValueError, match="1 predictions, but metrics of 50 images"):
+        save_plots(tmp_path, results, {"phase B": _predictions([0], [0])})
+    with pytest.raises(ValueError, match="'phase C' is not an earlier result"):
         plot_gain_by_class(results, before="phase C")
     with pytest.raises(ValueError, match="needs two results"):
         plot_gain_by_class({"phase B": results["phase B"]})
@@ -247,8 +253,8 @@ def test_bad_input_is_named(stages, tmp_path):
         plot_gain_by_class({"a": _stage([1, 2], None, None)[1], "b": results["phase B"]})
     with pytest.raises(ValueError, match="no training counts"):
         plot_accuracy_by_frequency({"a": _stage([1, 2], None, None)[1]})
-    with pytest.raises(ValueError, match="no confusion to draw"):
-        plot_confusions(_said([0], [0]))
+    with pytest.raises(ValueError, match="no confusions to plot"):
+        plot_confusions(_predictions([0], [0]))
 
 
 def test_figures_are_written_where_asked(stages, tmp_path):

@@ -1,4 +1,4 @@
-"""Rows that are kept of every picture: reduced from logits, put in order, saved and loaded."""
+"""Rows that are kept of every image: reduced from logits, put in order, saved and loaded."""
 
 import numpy as np
 import pytest
@@ -11,9 +11,9 @@ from ballad_hf.evaluation import predictions as module
 from ballad_hf.evaluation.predictions import Predictions
 
 
-def _some(pictures=7, classes=4, seed=0):
+def _some(images=7, classes=4, seed=0):
     rng = np.random.default_rng(seed)
-    return Predictions.from_logits(rng.normal(size=(pictures, classes)), rng.integers(0, classes, pictures))
+    return Predictions.from_logits(rng.normal(size=(images, classes)), rng.integers(0, classes, images))
 
 
 def _same(one, other):
@@ -35,36 +35,36 @@ def test_confidence_and_likelihood_by_hand():
     assert predictions.negative_log_likelihood[0] == pytest.approx(np.log(4))
 
 
-def test_many_pieces_give_what_one_gives(monkeypatch):
+def test_many_chunks_give_what_one_gives(monkeypatch):
     whole = _some(50)
-    monkeypatch.setattr(module, "_NUMBERS_A_PIECE", 12)  # three rows at a time
+    monkeypatch.setattr(module, "_LOGITS_PER_CHUNK", 12)  # three rows at a time
     assert _same(_some(50), whole)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 1000))
-def test_rows_come_back_in_order_whoever_computed_them(pictures, processes, seed):
-    whole = _some(pictures, seed=seed)
+def test_rows_come_back_in_order_whoever_computed_them(images, processes, seed):
+    whole = _some(images, seed=seed)
     rng = np.random.default_rng(seed)
-    rows = np.concatenate([np.arange(pictures), rng.integers(0, pictures, 3)])  # some rows come twice
+    rows = np.concatenate([np.arange(images), rng.integers(0, images, 3)])  # some rows come twice
     rng.shuffle(rows)
-    logits = np.random.default_rng(seed).normal(size=(pictures, 4))
+    logits = np.random.default_rng(seed).normal(size=(images, 4))
     shares = [
         Predictions.from_logits(logits[part], whole.labels[part], part)
         for part in np.array_split(rows, processes)
         if len(part)
     ]
-    assert _same(Predictions.concatenate(shares).in_order(pictures), whole)
+    assert _same(Predictions.concatenate(shares).in_order(images), whole)
 
 
-def test_a_missing_picture_is_an_error():
-    with pytest.raises(RuntimeError, match="2 of 9 pictures were not evaluated, the first at row 7"):
+def test_a_missing_image_is_an_error():
+    with pytest.raises(RuntimeError, match="2 of 9 images were not evaluated, the first at row 7"):
         _some(7).in_order(9)
-    with pytest.raises(RuntimeError, match="must be the row in the split"):
+    with pytest.raises(RuntimeError, match="must be the row in the dataset"):
         _some(7).in_order(3)
 
 
-def test_unknown_pictures_only_where_they_are_expected():
+def test_unknown_images_only_where_they_are_expected():
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
     with pytest.raises(ValueError, match="outside 0 to 1"):
         Predictions.from_logits(logits, [0, -1])
@@ -86,18 +86,18 @@ def test_files_that_are_no_predictions(tmp_path):
         Predictions.load(tmp_path / "predictions.safetensors")
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(b"\x01\x02")
-    with pytest.raises(ValueError, match="can't be read"):
+    with pytest.raises(ValueError, match="is damaged"):
         Predictions.load(damaged)
     other = tmp_path / "other.safetensors"
     save_file({"labels": np.zeros(3)}, other)
-    with pytest.raises(ValueError, match="is no file of predictions"):
+    with pytest.raises(ValueError, match="holds no predictions"):
         Predictions.load(other)
 
 
-def test_parts_of_different_models_and_of_nothing():
-    with pytest.raises(ValueError, match="of different models"):
+def test_predictions_of_different_models_and_of_nothing():
+    with pytest.raises(ValueError, match="come from different models"):
         Predictions.concatenate([_some(classes=3), _some(classes=4)])
     with pytest.raises(ValueError, match="nothing to evaluate"):
         Predictions.concatenate([])
-    with pytest.raises(ValueError, match="1 indices for 2 pictures"):
+    with pytest.raises(ValueError, match="1 indices for 2 images"):
         Predictions.from_logits(torch.zeros(2, 2), [0, 1], [0])

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from ballad_hf import LongTailMetrics
-from ballad_hf.evaluation.per_class import class_rows, write_class_csv
-from ballad_hf.evaluation.plots import save_plots
 from ballad_hf.evaluation.predictions import Predictions
-from ballad_hf.evaluation.report import write_report
+from ballad_hf.evaluation.report import save_plots, write_report
+from ballad_hf.evaluation.summary import class_rows, write_class_csv
 
 
 NAMES = ["cat", "<script>alert(1)</script>", "=1+1", "red fox"]
@@ -46,9 +45,9 @@ class Page(HTMLParser):
 
 
 def _stage(predicted):
-    labels = np.repeat([0, 1, 2], 4)  # class 3 has no test picture
-    said = Predictions.from_logits(3 * np.eye(4, dtype=np.float32)[predicted], labels)
-    return said, LongTailMetrics.from_predictions(said, COUNTS, NAMES)
+    labels = np.repeat([0, 1, 2], 4)  # class 3 has no test image
+    predictions = Predictions.from_logits(3 * np.eye(4, dtype=np.float32)[predicted], labels)
+    return predictions, LongTailMetrics.from_predictions(predictions, COUNTS, NAMES)
 
 
 @pytest.fixture
@@ -59,14 +58,14 @@ def stages():
 
 
 def test_the_tables_say_what_was_measured(stages, tmp_path):
-    results, said = stages
-    page = Page(write_report(tmp_path / "report.html", results, said, title="Pets").read_text(encoding="utf-8"))
+    results, predictions = stages
+    page = Page(write_report(tmp_path / "report.html", results, predictions, title="Pets").read_text(encoding="utf-8"))
     headline, confusions, further, classes = page.tables
     assert headline[0][1:] == ["overall", "mean-class", "many", "medium", "few", "worst class"]
     assert headline[1] == ["before", "41.7", "41.7", "50.0", "75.0", "0.0", "0.0"]
     assert headline[2] == ["phase B", "75.0", "75.0", "75.0", "100.0", "50.0", "50.0"]
     assert headline[3] == ["gain", "+33.3", "+33.3", "+25.0", "+25.0", "+50.0", "+50.0"]
-    assert confusions[1:] == [["=1+1", NAMES[1], "2", "50.0 %"], ["cat", NAMES[1], "1", "25.0 %"]]
+    assert confusions[1:] == [["=1+1", NAMES[1], "2", "50.0%"], ["cat", NAMES[1], "1", "25.0%"]]
     assert [row[0] for row in further[1:]][:2] == ["Macro F1", "Harmonic mean of class accuracies"]
     # Wilson's interval of 4 among 4: 1 / (1 + z^2 / 4) = 51.0 to 100.
     assert classes[2] == [NAMES[1], "medium", "50", "4", "75.0", "100.0", "51.0 to 100.0"]
@@ -74,9 +73,9 @@ def test_the_tables_say_what_was_measured(stages, tmp_path):
 
 
 def test_the_file_needs_nothing_but_itself(stages, tmp_path):
-    results, said = stages
-    plots = save_plots(tmp_path / "plots", results, said)
-    file = write_report(tmp_path / "deep" / "report.html", results, said, title="Pets", plots=plots)
+    results, predictions = stages
+    plots = save_plots(tmp_path / "plots", results, predictions)
+    file = write_report(tmp_path / "deep" / "report.html", results, predictions, title="Pets", plots=plots)
     text = file.read_text(encoding="utf-8")
     page = Page(text)
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
@@ -115,8 +114,8 @@ def test_names_are_text_and_never_markup(stages, tmp_path):
 
 
 def test_one_stage_without_counts(tmp_path):
-    said, _ = _stage([0] * 12)
-    metrics = LongTailMetrics.from_predictions(said, None)
+    predictions, _ = _stage([0] * 12)
+    metrics = LongTailMetrics.from_predictions(predictions, None)
     page = Page(write_report(tmp_path / "r.html", {"model": metrics}, title="Pets").read_text(encoding="utf-8"))
     assert page.tables[0][1:] == [["model", "33.3", "33.3", "–", "–", "–", "0.0"]]
     assert page.tables[-1][1][:4] == ["class 0", "–", "–", "4"]
@@ -126,7 +125,7 @@ def test_rows_of_the_classes(stages):
     rows = class_rows(stages[0])
     assert [row.group for row in rows] == ["many", "medium", "few", "few"]
     assert [row.accuracies for row in rows] == [(0.5, 0.75), (0.75, 1.0), (0.0, 0.5), (None, None)]
-    assert (rows[3].low, rows[3].high, rows[3].test_pictures, rows[3].train_pictures) == (None, None, 0, 0)
+    assert (rows[3].low, rows[3].high, rows[3].images, rows[3].train_images) == (None, None, 0, 0)
     assert (round(rows[1].low, 3), rows[1].high) == (0.51, 1.0)
 
 
@@ -135,7 +134,7 @@ def test_csv_opens_in_a_spreadsheet(stages, tmp_path):
         rows = list(csv.DictReader(stream))
     assert [row["class"] for row in rows] == ["cat", NAMES[1], "'=1+1", "red fox"]
     assert [row["accuracy phase B"] for row in rows] == ["0.75", "1", "0.5", ""]
-    assert [row["train_pictures"] for row in rows] == ["500", "50", "3", "0"]
+    assert [row["train_images"] for row in rows] == ["500", "50", "3", "0"]
 
 
 def test_bad_input_is_named(stages, tmp_path):
@@ -143,8 +142,8 @@ def test_bad_input_is_named(stages, tmp_path):
         write_report(tmp_path / "report.html", {}, title="Pets")
     with pytest.raises(FileNotFoundError, match="There is no plot"):
         write_report(tmp_path / "report.html", stages[0], title="Pets", plots=[tmp_path / "gone.png"])
-    with pytest.raises(ValueError, match="no row to show"):
+    with pytest.raises(ValueError, match="no results to show"):
         class_rows({})
     other = LongTailMetrics.from_logits([[1.0, 0.0]], [0], None)
-    with pytest.raises(ValueError, match="'other' is over 2 classes, the last over 4"):
+    with pytest.raises(ValueError, match="'other' has 2 classes, but the last result has 4"):
         class_rows({"other": other} | stages[0])

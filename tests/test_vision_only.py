@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, pipeline
 
-from ballad_hf import BalladForImageClassification, save_bundle
+from ballad_hf import BalladForImageClassification
+from ballad_hf.hub.model_directory import save_model_directory
 from ballad_hf.models.dual_encoders import load_openai_clip
 from ballad_hf.models.vision_only import RemovedTextTower, remove_text_tower
 
@@ -55,12 +56,12 @@ def test_save_and_load_are_exact(tiny_ballad, pixels, tmp_path):
     assert again.config.class_names == CLASS_NAMES
 
 
-def test_the_bundle_serves_in_the_stock_pipeline(tiny_ballad, tiny_clip, tmp_path):
+def test_the_bundle_serves_in_the_stock_pipeline(tiny_ballad, tiny_processor, tmp_path):
     from PIL import Image
 
-    whole = save_bundle(tmp_path / "whole", tiny_ballad, tiny_clip.tokenizer, tiny_clip.image_processor)
+    whole = save_model_directory(tiny_ballad, tmp_path / "whole", tiny_processor)
     removed = tiny_ballad.remove_text_tower()
-    small = save_bundle(tmp_path / "small", tiny_ballad, None, tiny_clip.image_processor)
+    small = save_model_directory(tiny_ballad, tmp_path / "small", tiny_processor.image_processor)
     picture = Image.new("RGB", (40, 32), (200, 30, 90))
     rows = [pipeline("image-classification", model=str(folder))(picture) for folder in (whole, small)]
     assert {row["label"]: pytest.approx(row["score"], abs=1e-6) for row in rows[0]} == {

@@ -202,5 +202,5 @@ def check_class_order(split: Any, class_names: Sequence[str]) -> None:
     if moved:
         raise ValueError(
             f"The split numbers {len(moved)} classes otherwise than the model, such as {moved[0]!r}: match them by "
-            "name with relabel(split, model.config.class_names) of ballad_hf.evaluation.relabel."
+            "name with align_labels(split, model.config.class_names) of ballad_hf.evaluation.evaluate."
         )

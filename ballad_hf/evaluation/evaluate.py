@@ -1,11 +1,13 @@
-"""A model, or the features it left in a table, over a split: every picture once, on any number of processes."""
+"""Evaluate a model on a dataset, or an adapter on a feature table: every image once, on any number of processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -24,15 +26,16 @@ if TYPE_CHECKING:
     from ..data.sources import ImageSplit
     from ..models.modeling_ballad import BalladForImageClassification
 
-# Rows of a table that are scored at a time hold about this many logits.
-_LOGITS_A_STEP = 1 << 24
+# A table is scored in batches of about this many logits.
+_LOGITS_PER_BATCH = 1 << 24
 
 
 def evaluate(
     model_or_table: BalladForImageClassification | FeatureTable,
-    split: ImageSplit | None = None,
+    dataset: ImageSplit | None = None,
+    processing_class: Any = None,
     *,
-    image_processor: Any = None,
+    split: str | None = None,
     transform: Any = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -43,36 +46,38 @@ def evaluate(
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> LongTailMetrics:
-    """The metrics of a model on a split, or of an adapter on a feature table.
+    """Compute the metrics of a model on a dataset, or of an adapter on a feature table.
 
     Args:
-        model_or_table: a Ballad with class embeddings, or a table of its features.
-        split: the pictures, for a model. Without `image_processor` and `transform` it must make `pixel_values`.
-        image_processor: makes the evaluation transform.
-        transform: used instead. One that returns (views, 3, H, W), such as five crops, gives test-time ensembling:
-            the logits of the views are averaged.
-        batch_size: pictures a forward pass, on each process.
-        num_workers: processes that read pictures, for each process.
-        train_counts: (classes,) training pictures of each class; default: `model.config.class_counts`, or the
-            table's counts. Without any, the shot groups are absent.
+        model_or_table: a BALLAD model with class embeddings, or a table of its features.
+        dataset: the labelled images, for a model.
+        processing_class: a processor or an image processor, which defines the evaluation transform. Without it and
+            without `transform`, the dataset must return `pixel_values` itself.
+        split: name of the split, such as `"test"`; reports and plots show it.
+        transform: used instead of the processor's. A transform that returns (views, 3, H, W), such as five crops,
+            gives test-time augmentation: the logits of the views are averaged.
+        batch_size: images per forward pass on each process.
+        num_workers: data loader workers of each process.
+        train_counts: (classes,) number of training images of each class; default: `model.config.class_counts` or the
+            table's counts. Without counts there are no shot groups.
         adapter: (dim, dim) matrix to score a table with; default: none, which is the model before phase B.
-        adapter_ratio: its weight from 0 to 1; needed with `adapter`.
-        logit_shift: (classes,) added to every picture's logits, such as a change of class prior.
-        accelerator: its processes share the pictures of a split and its device runs them; every process returns the
-            same metrics. A table is scored whole by each.
-        progress: show a bar for a model, on the main process, where it takes more than two seconds.
+        adapter_ratio: its weight, from 0 to 1; required with `adapter`.
+        logit_shift: (classes,) added to the logits of every image, such as a prior correction.
+        accelerator: shards the dataset over its processes and places the batches; every process returns the same
+            metrics. A table is scored in full by each process.
+        progress: show a progress bar for a model, on the main process, after two seconds.
 
     Raises:
-        ValueError: an empty split, labels outside the model's classes, classes in another order than the model's,
+        ValueError: an empty dataset, labels outside the model's classes, classes in another order than the model's,
             logits that are not finite, a model without class embeddings.
-        RuntimeError: a picture that no process evaluated.
+        RuntimeError: an image that no process evaluated.
 
     Example:
 
     >>> import torch
     >>> from ballad_hf import FeatureTable, evaluate
     >>> table = FeatureTable(torch.eye(3, 4), [0, 1, 1], torch.eye(2, 4), class_counts=[500, 7])
-    >>> metrics = evaluate(table)
+    >>> metrics = evaluate(table, split="test")
     >>> metrics.many, metrics.few
     (1.0, 0.5)
     """
@@ -80,8 +85,9 @@ def evaluate(
         model_or_table = accelerator.unwrap_model(model_or_table)
     predictions = predict(
         model_or_table,
-        split,
-        image_processor=image_processor,
+        dataset,
+        processing_class,
+        split=split,
         transform=transform,
         batch_size=batch_size,
         num_workers=num_workers,
@@ -100,9 +106,10 @@ def evaluate(
 
 def predict(
     model_or_table: BalladForImageClassification | FeatureTable,
-    split: ImageSplit | None = None,
+    dataset: ImageSplit | None = None,
+    processing_class: Any = None,
     *,
-    image_processor: Any = None,
+    split: str | None = None,
     transform: Any = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -113,48 +120,88 @@ def predict(
     unknown: bool = False,
     progress: bool = True,
 ) -> Predictions:
-    """As [`evaluate`], but what the model said about every picture, in the split's order.
+    """Predict every image of a dataset, in dataset order. The arguments are those of [`evaluate`].
 
     Args:
-        unknown: the pictures show none of the model's classes: their labels are not looked at and become -1. Put
-            together with the predictions of known pictures, they are what `open_set_metrics` takes.
+        unknown: the images show none of the model's classes: their labels are ignored and become -1. Concatenated with
+            the predictions of known images, they are the input of `open_set_metrics`.
 
     Returns:
         Predictions that can be saved, plotted, compared with another model's, or turned into metrics.
     """
     if isinstance(model_or_table, FeatureTable):
-        if split is not None:
-            raise ValueError("A feature table already holds its pictures' features: leave `split` out.")
-        return _predict_table(model_or_table, adapter, adapter_ratio, logit_shift)
+        if dataset is not None:
+            raise ValueError("A feature table already holds the features of its images: leave `dataset` out.")
+        return replace(_predict_table(model_or_table, adapter, adapter_ratio, logit_shift), split=split)
     model = model_or_table if accelerator is None else accelerator.unwrap_model(model_or_table)
     if adapter is not None or adapter_ratio is not None:
         raise ValueError(
-            "`adapter` and `adapter_ratio` are for feature tables; a model brings its own: "
+            "`adapter` and `adapter_ratio` are for feature tables; a model has its own: "
             "set model.config.adapter_ratio instead."
         )
-    if split is None or not len(split):
-        raise ValueError("There is nothing to evaluate: give a split with at least one picture.")
+    if dataset is None or not len(dataset):
+        raise ValueError("There is nothing to evaluate: pass a dataset with at least one image.")
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: give 1 picture or more.")
+        raise ValueError(f"batch_size is {batch_size}: choose 1 or more.")
     if num_workers < 0:
-        raise ValueError(f"num_workers is {num_workers}: give 0 (read in this process) or more.")
+        raise ValueError(f"num_workers is {num_workers}: choose 0 (load in this process) or more.")
     if not unknown:
-        check_class_order(split, model.config.class_names)
-    if transform is None and image_processor is not None:
+        check_class_order(dataset, model.config.class_names)
+    if transform is None and processing_class is not None:
         from ..data.transforms import evaluation_transform
 
-        transform = evaluation_transform(image_processor)
+        transform = evaluation_transform(getattr(processing_class, "image_processor", processing_class))
     if transform is not None:
-        split = split.with_transform(transform)
-    mine = list(_predict_share(model, split, batch_size, num_workers, logit_shift, accelerator, unknown, progress))
-    return _gathered(mine, len(split), split.fingerprint(), accelerator)
+        dataset = dataset.with_transform(transform)
+    shard = list(_predict_shard(model, dataset, batch_size, num_workers, logit_shift, accelerator, unknown, progress))
+    return _gathered(shard, len(dataset), accelerator).of_split(dataset.fingerprint(), split)
+
+
+def align_labels(dataset: ImageSplit, class_names: Sequence[str]) -> ImageSplit:
+    """Renumber the labels of a dataset to those of a model, matching classes by name.
+
+    Args:
+        dataset: images of some or all of the model's classes.
+        class_names: the model's class names, in label order.
+
+    Returns:
+        A dataset whose `class_names` are the model's; classes missing from the dataset have no images.
+
+    Raises:
+        ValueError: the dataset has classes that the model does not have.
+
+    Example:
+
+    >>> from ballad_hf import load_splits
+    >>> from ballad_hf.evaluation.evaluate import align_labels
+    >>> digits = load_splits("digits").test
+    >>> aligned = align_labels(digits, digits.class_names[::-1])
+    >>> bool((aligned.labels == 9 - digits.labels).all())
+    True
+    """
+    if list(dataset.class_names) == list(class_names):
+        return dataset
+    label_of = {name: index for index, name in enumerate(class_names)}
+    present = {dataset.class_names[index] for index in np.unique(dataset.labels)}
+    unknown = sorted(present - set(label_of))
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of the dataset's {len(present)} classes are not classes of the model, such as "
+            f"{', '.join(unknown[:5])}; the model's classes are {', '.join(list(class_names)[:5])}, ... Rename the "
+            "classes of the dataset (class_names), or give them to the model with set_class_names."
+        )
+    new_labels = np.array([label_of.get(name, -1) for name in dataset.class_names], dtype=np.int64)
+    aligned = dataset.select(np.arange(len(dataset)))
+    aligned.labels = new_labels[dataset.labels]
+    aligned.class_names = list(class_names)
+    return aligned
 
 
 def _predict_table(
     table: FeatureTable, adapter: torch.Tensor | None, ratio: float | None, logit_shift: torch.Tensor | None
 ) -> Predictions:
     if (adapter is None) != (ratio is None):
-        raise ValueError("Give `adapter` and `adapter_ratio` together, or neither for the model before phase B.")
+        raise ValueError("Pass `adapter` and `adapter_ratio` together, or neither for the model before phase B.")
     if ratio is not None and not 0 <= ratio <= 1:
         raise ValueError(f"adapter_ratio is {ratio}: choose a number from 0 (without the adapter) to 1.")
     if adapter is not None and adapter.shape != (table.dim, table.dim):
@@ -164,23 +211,23 @@ def _predict_table(
     device = table.device if adapter is None else adapter.device
     weight = torch.eye(table.dim, device=device) if adapter is None else adapter.float()
     class_embeds = table.class_embeds.to(device)
-    parts: list[Predictions] = []
+    batches: list[Predictions] = []
     row = 0
     with torch.no_grad():
-        for features, labels in table.batches(max(1, _LOGITS_A_STEP // (table.classes * table.views))):
+        for features, labels in table.batches(max(1, _LOGITS_PER_BATCH // (table.classes * table.views))):
             flat = features.to(device).float().flatten(0, 1)  # (rows * views, dim)
             logits = adapted_logits(flat, weight, ratio or 0.0, class_embeds, table.logit_scale)
             logits = logits.view(len(labels), table.views, -1).mean(dim=1)  # (rows, classes)
-            parts.append(
+            batches.append(
                 Predictions.from_logits(_shifted(logits, logit_shift), labels, torch.arange(row, row + len(labels)))
             )
             row += len(labels)
-    return Predictions.concatenate(parts)
+    return Predictions.concatenate(batches)
 
 
-def _predict_share(
-    model,
-    split,
+def _predict_shard(
+    model: BalladForImageClassification,
+    dataset: ImageSplit,
     batch_size: int,
     num_workers: int,
     logit_shift: torch.Tensor | None,
@@ -188,28 +235,27 @@ def _predict_share(
     unknown: bool,
     progress: bool,
 ) -> Iterator[Predictions]:
-    """Predictions of this process's share of the split, batch by batch."""
+    """Predictions for this process's shard of the dataset, one batch at a time."""
     process, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    # Shares of equal length, because a sharded model's forward is a collective; rows that come twice count once.
-    share = [row % len(split) for row in range(process, -(-len(split) // processes) * processes, processes)]
-    # A generator of its own for worker seeds: an evaluation must not move the numbers of a training around it.
-    own = torch.Generator().manual_seed(0)
-    loader = DataLoader(Subset(split, share), batch_size=batch_size, num_workers=num_workers, generator=own)
+    # Shards of equal length, since the forward pass of a sharded model is a collective; duplicate rows count once.
+    shard = [row % len(dataset) for row in range(process, -(-len(dataset) // processes) * processes, processes)]
+    # A separate generator for worker seeds: an evaluation must not advance the random state of a training run.
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(Subset(dataset, shard), batch_size=batch_size, num_workers=num_workers, generator=generator)
     device = model.device if accelerator is None else accelerator.device
     autocast = nullcontext if accelerator is None else accelerator.autocast
-    quiet = process > 0 or not progress
-    batches = tqdm(loader, desc="Evaluating", unit="batch", delay=2, disable=quiet, leave=False)
+    batches = tqdm(loader, desc="Evaluating", unit="batch", delay=2, disable=process > 0 or not progress, leave=False)
     model.to(device)
     with evaluation_mode(model), torch.no_grad():
         for batch in batches:
             with autocast():
                 logits = _logits(model, batch["pixel_values"].to(device, non_blocking=True))
             labels = torch.full_like(batch["labels"], -1) if unknown else batch["labels"]
-            yield _named_rows(_shifted(logits, logit_shift), labels, batch["index"], unknown)
+            yield _checked_rows(_shifted(logits, logit_shift), labels, batch["index"], unknown)
 
 
 def _logits(model, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(batch, classes), from pictures (batch, 3, H, W) or views of them (batch, views, 3, H, W)."""
+    """Logits (batch, classes) of images (batch, 3, H, W) or of their views (batch, views, 3, H, W)."""
     if pixel_values.ndim == 4:
         return model(pixel_values=pixel_values).logits
     views = pixel_values.shape[1]
@@ -217,13 +263,13 @@ def _logits(model, pixel_values: torch.Tensor) -> torch.Tensor:
     return logits.view(-1, views, logits.shape[1]).mean(dim=1)
 
 
-def _named_rows(logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, unknown: bool) -> Predictions:
-    """As `Predictions.from_logits`; where a model gives no finite logits, the error names rows of the split."""
+def _checked_rows(logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, unknown: bool) -> Predictions:
+    """Like `Predictions.from_logits`, but an error about non-finite logits names rows of the dataset."""
     bad = (~torch.isfinite(logits).all(dim=1)).nonzero().flatten()
     if len(bad):
         raise ValueError(
-            f"The model gave NaN or infinity for pictures {index[bad.cpu()].tolist()} of the split: run it in float32 "
-            "or bfloat16 instead of float16, or look for a training that diverged."
+            f"The model returned NaN or infinity for images {index[bad.cpu()].tolist()} of the dataset: use float32 "
+            "or bfloat16 instead of float16, or check whether training diverged."
         )
     return Predictions.from_logits(logits, labels, index, allow_unknown=unknown)
 
@@ -236,11 +282,10 @@ def _shifted(logits: torch.Tensor, logit_shift: torch.Tensor | None) -> torch.Te
     return logits.float() + logit_shift.to(logits.device).float()
 
 
-def _gathered(
-    mine: list[Predictions], pictures: int, fingerprint: str, accelerator: Accelerator | None
-) -> Predictions:
+def _gathered(shard: list[Predictions], num_images: int, accelerator: Accelerator | None) -> Predictions:
+    """Predictions of all processes, in dataset order."""
     if accelerator is not None and accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
-        mine = gather_object([Predictions.concatenate(mine)])
-    return Predictions.concatenate(mine).in_order(pictures).of_split(fingerprint)
+        shard = gather_object([Predictions.concatenate(shard)])
+    return Predictions.concatenate(shard).in_order(num_images)

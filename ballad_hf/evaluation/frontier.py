@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .table import align, percent
+from .summary import align, percent
 
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def plot_frontier(frontier: Frontier) -> Figure:
     """
     from matplotlib.ticker import FuncFormatter  # slow to import, and a sweep itself draws nothing
 
-    from .plot_style import BLUE, GREY, INK, VERMILION, draw
+    from .plots import BLUE, GREY, INK, VERMILION, draw
 
     as_percent = FuncFormatter(lambda value, _: f"{100 * value:.3g} %" if -1e-9 <= value <= 1 + 1e-9 else "")
     pairs = [frontier.pair(point) for point in frontier.points]  # (many, few) of each
@@ -229,7 +229,7 @@ def save_frontier(frontier: Frontier, folder: str | Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = [frontier.save(folder / "frontier.json")]
     if frontier.has_both_groups:
-        from .plot_style import save_figure
+        from .plots import save_figure
 
         files += save_figure(plot_frontier(frontier), folder / "frontier")
     return files

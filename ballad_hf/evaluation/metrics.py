@@ -1,8 +1,8 @@
-"""How well a classifier does on each part of a long tail, from its logits.
+"""Metrics of a classifier over the head, the middle and the tail of a long-tailed dataset.
 
-Shot groups are those of Liu et al., 2019 (OLTR, https://arxiv.org/abs/1904.05160): many-, medium- and few-shot
-classes by their number of training pictures; a group's figure is the mean over its classes. Calibration error is that
-of Guo et al., 2017 (https://arxiv.org/abs/1706.04599).
+Shot groups follow Liu et al., 2019 (OLTR, https://arxiv.org/abs/1904.05160): many-, medium- and few-shot classes by
+their number of training images; the accuracy of a group is the mean over its classes. The expected calibration error
+follows Guo et al., 2017 (https://arxiv.org/abs/1706.04599).
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True)
 class LongTailMetrics:
-    """The figures of one model on one split, as fractions from 0 to 1. What does not exist is `None`, never zero.
+    """The metrics of one model on one split, as fractions from 0 to 1. A metric that does not exist is `None`, not 0.
 
     Args:
-        samples: pictures of the split.
-        overall: share of pictures that are classified right.
-        mean_class: mean over classes of the class's accuracy; classes without a test picture don't count.
+        samples: number of images.
+        overall: fraction of images classified correctly.
+        mean_class: mean of the class accuracies; classes without images are left out.
         many: the same over the many-shot classes.
         medium: the same over the medium-shot classes.
         few: the same over the few-shot classes.
-        worst_class: lowest accuracy of a class.
-        harmonic_mean: harmonic mean of the classes' accuracies; 0 where one class is never right.
-        geometric_mean: geometric mean of them; 0 where one class is never right.
-        macro_f1: mean over classes of the F1 score.
-        top_5: share of pictures whose class is among the five highest logits; `None` with five classes or fewer.
-        negative_log_likelihood: mean over pictures, in nats (no fraction).
-        expected_calibration_error: gap between confidence and accuracy, mean over pictures, 15 bins.
-        many_calibration_error: the same over the pictures of many-shot classes.
-        medium_calibration_error: the same over those of medium-shot classes.
-        few_calibration_error: the same over those of few-shot classes.
-        class_accuracy: accuracy of each class; `None` where the split has no picture of it.
-        class_support: pictures of each class in the split.
-        train_counts: training pictures of each class, or `None` where they were not given; then no group exists.
+        worst_class: lowest class accuracy.
+        harmonic_mean: harmonic mean of the class accuracies; 0 if any class is never recognised.
+        geometric_mean: geometric mean of the class accuracies; 0 if any class is never recognised.
+        macro_f1: mean of the classes' F1 scores.
+        top_5: fraction of images whose class has one of the five highest logits; `None` for five classes or fewer.
+        negative_log_likelihood: mean over images, in nats (not a fraction).
+        expected_calibration_error: gap between confidence and accuracy, mean over images, in 15 bins.
+        many_calibration_error: the same over images of many-shot classes.
+        medium_calibration_error: the same over images of medium-shot classes.
+        few_calibration_error: the same over images of few-shot classes.
+        class_accuracy: accuracy of each class; `None` for classes without images.
+        class_support: number of evaluated images of each class.
+        train_counts: number of training images of each class, or `None` if unknown; then there are no shot groups.
         class_names: names in label order, or `None`.
-        many_above: classes with more training pictures are many-shot.
-        few_below: classes with fewer training pictures are few-shot.
+        many_above: classes with more training images are many-shot.
+        few_below: classes with fewer training images are few-shot.
+        split: name of the split the metrics were measured on, such as `"test"`; `None` if unknown.
 
     Example:
 
@@ -79,6 +80,7 @@ class LongTailMetrics:
     class_names: tuple[str, ...] | None
     many_above: int
     few_below: int
+    split: str | None = None
 
     @classmethod
     def from_logits(
@@ -90,18 +92,18 @@ class LongTailMetrics:
         many_above: int = 100,
         few_below: int = 20,
     ) -> LongTailMetrics:
-        """Compute every figure.
+        """Compute the metrics from logits.
 
         Args:
-            logits: (pictures, classes), finite, on any device.
-            labels: (pictures,) right classes.
-            train_counts: (classes,) training pictures of each class; `None` leaves the groups out.
+            logits: (images, classes), finite, on any device.
+            labels: (images,) true classes.
+            train_counts: (classes,) number of training images of each class; `None` leaves the shot groups out.
             class_names: names in label order.
-            many_above: classes with more training pictures are many-shot.
-            few_below: classes with fewer training pictures are few-shot.
+            many_above: classes with more training images are many-shot.
+            few_below: classes with fewer training images are few-shot.
 
         Raises:
-            ValueError: nothing to evaluate, lengths that differ, labels outside the classes, logits not finite.
+            ValueError: no images, lengths that differ, labels out of range, or logits that are not finite.
         """
         predictions = Predictions.from_logits(logits, labels)
         return cls.from_predictions(predictions, train_counts, class_names, many_above, few_below)
@@ -115,65 +117,66 @@ class LongTailMetrics:
         many_above: int = 100,
         few_below: int = 20,
     ) -> LongTailMetrics:
-        """As `from_logits`, from [`Predictions`], which keep no logits."""
+        """Like `from_logits`, from [`Predictions`], which hold no logits."""
         classes = predictions.num_classes
         counts = _checked_counts(train_counts, classes)
         names = _checked_names(class_names, classes)
         if not len(predictions):
-            raise ValueError("There is nothing to evaluate: the split has no picture.")
+            raise ValueError("There is nothing to evaluate: there are no predictions.")
         if (predictions.labels < 0).any():
             raise ValueError(
-                "Some pictures have the label -1 (no class of the model): take them out, or use open_set_metrics."
+                "Some images have the label -1 (none of the model's classes): remove them, or use open_set_metrics."
             )
         groups = _shot_classes(counts, many_above, few_below)
-        support, right, claimed = _class_counts(predictions)
+        support, hits, predicted = _class_counts(predictions)
         present = support > 0
-        accuracy = right[present] / support[present]  # (classes of the split,)
+        accuracy = hits[present] / support[present]  # (classes with images,)
         by_class = np.full(classes, np.nan)
         by_class[present] = accuracy
         return cls(
             samples=len(predictions),
-            overall=float(right.sum() / support.sum()),
+            overall=float(hits.sum() / support.sum()),
             mean_class=float(accuracy.mean()),
             **{name: _mean_of(by_class, members) for name, members in groups.items()},
             worst_class=float(accuracy.min()),
             harmonic_mean=harmonic_mean(accuracy),
             geometric_mean=geometric_mean(accuracy),
-            macro_f1=float((2 * right / np.maximum(support + claimed, 1))[present].mean()),
+            macro_f1=float((2 * hits / np.maximum(support + predicted, 1))[present].mean()),
             top_5=float((predictions.rank < 5).mean()) if classes > 5 else None,
             negative_log_likelihood=float(predictions.negative_log_likelihood.mean(dtype=np.float64)),
             expected_calibration_error=calibration_error(predictions.confidence, predictions.correct),
             **{f"{name}_calibration_error": _calibration_of(predictions, members) for name, members in groups.items()},
             class_accuracy=tuple(
-                float(value) if there else None for value, there in zip(by_class, present, strict=True)
+                float(value) if exists else None for value, exists in zip(by_class, present, strict=True)
             ),
             class_support=tuple(support.tolist()),
             train_counts=None if counts is None else tuple(counts.tolist()),
             class_names=names,
             many_above=many_above,
             few_below=few_below,
+            split=predictions.split,
         )
 
     @property
     def worst_class_index(self) -> int:
-        """The class of `worst_class`; of equals the one with the fewest training pictures."""
+        """The class behind `worst_class`; on ties the one with the fewest training images."""
         counts = self.train_counts or (0,) * len(self.class_accuracy)
         present = [index for index, accuracy in enumerate(self.class_accuracy) if accuracy is not None]
         return min(present, key=lambda index: (self.class_accuracy[index], counts[index], index))
 
     @property
     def shot_classes(self) -> dict[str, np.ndarray]:
-        """The classes of `many`, `medium` and `few`, sorted; empty where a group does not exist."""
+        """Labels of the many-, medium- and few-shot classes, sorted; empty where a group does not exist."""
         counts = None if self.train_counts is None else np.asarray(self.train_counts)
         return _shot_classes(counts, self.many_above, self.few_below)
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures under their names, ready for JSON."""
+        """All metrics by name, ready for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LongTailMetrics:
-        """The inverse of `to_dict`, also after a way through JSON."""
+        """The inverse of `to_dict`, also after a round trip through JSON."""
         frozen: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
@@ -184,7 +187,7 @@ GROUPS = ("many", "medium", "few")
 
 
 def harmonic_mean(accuracy: np.ndarray) -> float:
-    """Harmonic mean, 0 where one value is 0.
+    """Harmonic mean; 0 if any value is 0.
 
     >>> harmonic_mean(np.array([1.0, 0.5, 0.25])).__round__(6)
     0.428571
@@ -193,7 +196,7 @@ def harmonic_mean(accuracy: np.ndarray) -> float:
 
 
 def geometric_mean(accuracy: np.ndarray) -> float:
-    """Geometric mean, 0 where one value is 0.
+    """Geometric mean; 0 if any value is 0.
 
     >>> geometric_mean(np.array([1.0, 0.5, 0.25])).__round__(6)
     0.5
@@ -204,46 +207,46 @@ def geometric_mean(accuracy: np.ndarray) -> float:
 def calibration_bins(
     confidence: np.ndarray, correct: np.ndarray, bins: int = CALIBRATION_BINS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures, summed confidence and right answers in bins of equal width, each open below and closed above.
+    """Images, summed confidence and correct predictions in bins of equal width, open below and closed above.
 
     Args:
-        confidence: (pictures,) from 0 to 1.
-        correct: (pictures,) bool.
-        bins: how many.
+        confidence: (images,) from 0 to 1.
+        correct: (images,) bool.
+        bins: number of bins.
 
     Returns:
         Three arrays of shape (bins,).
     """
-    bin_of = np.clip(np.ceil(confidence.astype(np.float64) * bins).astype(np.int64) - 1, 0, bins - 1)  # (pictures,)
-    pictures = np.bincount(bin_of, minlength=bins)
+    bin_of = np.clip(np.ceil(confidence.astype(np.float64) * bins).astype(np.int64) - 1, 0, bins - 1)  # (images,)
+    images = np.bincount(bin_of, minlength=bins)
     summed = np.bincount(bin_of, weights=confidence, minlength=bins)
-    right = np.bincount(bin_of, weights=correct, minlength=bins)
-    return pictures, summed, right
+    hits = np.bincount(bin_of, weights=correct, minlength=bins)
+    return images, summed, hits
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
-    """Expected calibration error: mean over pictures of the gap between a bin's confidence and its accuracy.
+    """Expected calibration error: mean over images of the gap between a bin's confidence and its accuracy.
 
     >>> calibration_error(np.array([0.9, 0.9]), np.array([True, False])).__round__(6)
     0.4
     """
-    _, summed, right = calibration_bins(confidence, correct, bins)
-    return float(np.abs(summed - right).sum() / len(confidence))
+    _, summed, hits = calibration_bins(confidence, correct, bins)
+    return float(np.abs(summed - hits).sum() / len(confidence))
 
 
 def _class_counts(predictions: Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures, right answers and predictions of each class, each (classes,)."""
+    """Images, correct predictions and predictions of each class, (classes,) each."""
     classes = predictions.num_classes
     support = np.bincount(predictions.labels, minlength=classes)
-    right = np.bincount(predictions.labels[predictions.correct], minlength=classes)
-    claimed = np.bincount(predictions.predicted, minlength=classes)
-    return support, right, claimed
+    hits = np.bincount(predictions.labels[predictions.correct], minlength=classes)
+    predicted = np.bincount(predictions.predicted, minlength=classes)
+    return support, hits, predicted
 
 
 def _shot_classes(counts: np.ndarray | None, many_above: int, few_below: int) -> dict[str, np.ndarray]:
-    """The classes of every group, (classes of the group,) each; none where it does not exist."""
-    there = {} if counts is None else dict(ShotGroups.from_counts(counts, many_above, few_below).items())
-    return {name: np.asarray(there.get(name, ()), dtype=np.int64) for name in GROUPS}
+    """Labels of every group, (classes of the group,) each; empty where the group does not exist."""
+    groups = {} if counts is None else dict(ShotGroups.from_counts(counts, many_above, few_below).items())
+    return {name: np.asarray(groups.get(name, ()), dtype=np.int64) for name in GROUPS}
 
 
 def _mean_of(by_class: np.ndarray, members: np.ndarray) -> float | None:
@@ -266,10 +269,10 @@ def _checked_counts(train_counts: ArrayLike | None, classes: int) -> np.ndarray 
     if counts.shape != (classes,):
         raise ValueError(
             f"train_counts has shape {counts.shape}, but the logits are over {classes} classes: "
-            "give the number of training pictures of each class, in label order."
+            "pass the number of training images of each class, in label order."
         )
     if not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any():
-        raise ValueError("train_counts must be whole numbers of 0 or more: the training pictures of each class.")
+        raise ValueError("train_counts must be non-negative integers: the number of training images of each class.")
     return counts.astype(np.int64)
 
 

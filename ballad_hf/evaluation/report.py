@@ -1,54 +1,267 @@
-"""One HTML file that holds a run's figures, plots and classes: it opens without a network and can be sent by mail."""
+"""The results folder of an evaluation, and its report: one HTML file that opens without a network."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
 
+from ..files import explain_full_disk, write_text
 from .intervals import Interval, bootstrap_intervals, confidence_intervals
 from .metrics import LongTailMetrics
-from .mistakes import worst_confusions
-from .per_class import class_rows
-from .plot_style import names_of
+from .mistakes import (
+    Mistake,
+    mistake_rows,
+    plot_confusions,
+    plot_mistakes,
+    worst_confusions,
+    worst_mistakes,
+    write_mistakes_csv,
+)
+from .plots import (
+    plot_accuracy_by_frequency,
+    plot_gain_by_class,
+    plot_reliability,
+    plot_training_curves,
+    save_figure,
+)
 from .predictions import Predictions
-from .table import ABSENT, COLUMNS, FURTHER, percent, percent_gain
+from .summary import (
+    ABSENT,
+    COLUMNS,
+    FURTHER,
+    class_rows,
+    images_of,
+    names_of,
+    percent,
+    percent_gain,
+    verdict,
+    write_class_csv,
+)
 
 
-# What each plot is, under its file's name; plots of other names are shown after these under their own.
+if TYPE_CHECKING:
+    from ..data.sources import ImageSplit
+
+METRICS_FILE, CLASSES_FILE, MISTAKES_FILE, REPORT_FILE = "metrics.json", "per_class.csv", "mistakes.csv", "report.html"
+PREDICTIONS_FOLDER, PLOTS_FOLDER = "predictions", "plots"
+Histories = Mapping[str, Sequence[Mapping[str, Any]]]
+
+# Captions by file name; plots under other names are shown last, captioned with their name.
 CAPTIONS = {
     "accuracy_by_frequency": (
-        "Classes from the most frequent to the rarest: how many training pictures each has, and how often its test "
-        "pictures are recognised. A horizontal line is the mean of its shot group; grey is where training started."
+        "Classes from the most frequent to the rarest: the number of training images of each, and its accuracy on "
+        "{images}. A horizontal line is the mean of its shot group; grey is the first stage."
     ),
-    "gain_by_class": "What the last stage changed for each class, from the most frequent to the rarest.",
+    "gain_by_class": (
+        "Change in accuracy of each class by the last stage, on {images}, from the most frequent class to the rarest."
+    ),
     "frontier": (
-        "Head against tail: each point is an adapter at one ratio. No point is better in both than those on the line."
+        "Head against tail: each point is an adapter at one ratio. No point beats those on the line in both."
     ),
+    "training_curves": "Training loss, and accuracy on the validation images, of each phase.",
     "reliability": (
-        "Whether confidence means what it says. On the diagonal, answers of 80 % confidence are right in 80 % of "
-        "cases. Large markers stand for many pictures; pale ones, beside the lines, for fewer than ten: mostly luck."
+        "Confidence against accuracy on {images}. On the diagonal, predictions with 80% confidence are correct in 80% "
+        "of cases. Marker size grows with the number of images; pale markers off the lines have fewer than ten, which "
+        "is mostly noise."
     ),
-    "confusions": "Rows are what the pictures show, columns what the model said, in percent of the row's pictures.",
-    "mistakes": "The wrong answers that the model was surest of: look here for wrong labels, too.",
+    "confusions": "Rows are true classes, columns predicted classes, in percent of the true class's {images}.",
+    "mistakes": "The most confident mistakes on {images}. They often reveal wrong labels.",
 }
 _MOST_CONFUSIONS = 15
-# A bootstrap looks at every picture in every draw: this many looks take some seconds.
-_LOOKS = 30_000_000
+# The bootstrap visits every image in every resample: this many visits take a few seconds.
+_BOOTSTRAP_VISITS = 30_000_000
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
 )
 
 
+class StageResult(NamedTuple):
+    """One stage or model of a results folder: its metrics, and its predictions if they were saved."""
+
+    metrics: LongTailMetrics
+    predictions: Predictions | None
+
+
 class Plot(NamedTuple):
-    """A picture inside the page."""
+    """An image embedded in the report."""
 
     source: str
     caption: str
+
+
+def write_results(
+    folder: str | Path,
+    results: Mapping[str, LongTailMetrics],
+    predictions: Mapping[str, Predictions],
+    *,
+    title: str,
+    dataset: ImageSplit | None = None,
+    histories: Histories | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write `metrics.json`, `per_class.csv`, `mistakes.csv`, `predictions/*.safetensors`, `plots/*`, `report.html`.
+
+    Args:
+        folder: created if missing.
+        results: metrics by stage or model on the same images, in order; the last is the main result.
+        predictions: predictions under the same names.
+        title: title of the report, such as the name of the dataset.
+        dataset: the images, for the mistakes with their file names.
+        histories: training history by phase, for the curves; see `plot_training_curves`.
+        arguments: flat names and values, shown in the report.
+        overwrite: replace the results in the folder.
+
+    Returns:
+        The files of the plots.
+
+    Raises:
+        FileExistsError: the folder holds results, and `overwrite` is false.
+        ValueError: no results, or two names that share a file name.
+        OSError: the disk is full.
+
+    Example:
+
+    >>> import tempfile
+    >>> from ballad_hf import LongTailMetrics
+    >>> from ballad_hf.evaluation.predictions import Predictions
+    >>> from ballad_hf.evaluation.report import read_results, write_results
+    >>> predictions = Predictions.from_logits([[2.0, 0.0], [1.0, 3.0]], [0, 1])
+    >>> metrics = LongTailMetrics.from_predictions(predictions, [500, 7])
+    >>> folder = tempfile.mkdtemp()
+    >>> plots = write_results(folder, {"phase B": metrics}, {"phase B": predictions}, title="Pets")
+    >>> read_results(folder)["phase B"].metrics == metrics
+    True
+    """
+    files = {name: _file_name(name) for name in predictions}
+    if len(set(files.values())) < len(files):
+        raise ValueError(f"Some of the names {list(files)} share a file name: make them differ in letters or digits.")
+    folder = Path(folder)
+    check_results_folder(folder, overwrite)
+    last = _last_predictions(results, predictions)
+    with explain_full_disk(folder):
+        (folder / PREDICTIONS_FOLDER).mkdir(parents=True, exist_ok=True)
+        for name, kept in predictions.items():
+            kept.save(folder / PREDICTIONS_FOLDER / files[name])
+    metrics = {name: row.to_dict() for name, row in results.items()}
+    text = json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False)
+    # The plots need the most space and come last: on a full disk the metrics are there already.
+    write_text(folder / METRICS_FILE, text + "\n")
+    write_class_csv(folder / CLASSES_FILE, results)
+    if dataset is not None:
+        class_names = list(results.values())[-1].class_names
+        write_mistakes_csv(folder / MISTAKES_FILE, last, dataset, class_names)
+    plots = save_plots(folder / PLOTS_FOLDER, results, predictions, dataset=dataset, histories=histories)
+    write_report(
+        folder / REPORT_FILE, results, predictions, title=title, dataset=dataset, plots=plots, arguments=arguments
+    )
+    return plots
+
+
+def check_results_folder(folder: str | Path, overwrite: bool = False) -> None:
+    """Raise if a folder holds the results of another evaluation; worth asking before the evaluation starts.
+
+    Raises:
+        FileExistsError: it does, and `overwrite` is false.
+    """
+    held = [name for name in (METRICS_FILE, REPORT_FILE) if (Path(folder) / name).exists()]
+    if held and not overwrite:
+        raise FileExistsError(
+            f"{folder} already holds results ({', '.join(held)}): choose another folder (--output_dir on the command "
+            "line), or allow overwriting (overwrite=True; --overwrite_output_dir)."
+        )
+
+
+def read_results(folder: str | Path) -> dict[str, StageResult]:
+    """Read the stages of a folder written by `write_results`, in order.
+
+    Raises:
+        FileNotFoundError: there is no `metrics.json`.
+        ValueError: it does not hold the metrics of stages.
+    """
+    file = Path(folder) / METRICS_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"There is no {METRICS_FILE} in {folder}: pass the output folder of a training run or an evaluation."
+        )
+    stages = {}
+    try:
+        for name, values in json.loads(file.read_text(encoding="utf-8")).items():
+            stages[name] = StageResult(LongTailMetrics.from_dict(values), None)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} does not hold the metrics of stages: {error}") from error
+    for name, stage in stages.items():
+        kept = Path(folder) / PREDICTIONS_FOLDER / _file_name(name)
+        if kept.is_file():
+            stages[name] = stage._replace(predictions=Predictions.load(kept))
+    return stages
+
+
+def save_plots(
+    folder: str | Path,
+    results: Mapping[str, LongTailMetrics],
+    predictions: Mapping[str, Predictions],
+    *,
+    dataset: ImageSplit | None = None,
+    histories: Histories | None = None,
+) -> list[Path]:
+    """Save every plot that the results allow, each as PNG and SVG.
+
+    `accuracy_by_frequency`, `gain_by_class` (last stage over the one before), `training_curves`, `reliability`,
+    `confusions` and `mistakes`. A plot without its data is left out: no gain with a single stage, no frequency without
+    training counts, no curves without histories, no confusions without mistakes.
+
+    Args:
+        folder: created if missing; files of the same names are replaced.
+        results: metrics by stage or model on the same images, in order; the last is the main result.
+        predictions: predictions under the same names.
+        dataset: the images, for the mistakes.
+        histories: training history by phase; see `plot_training_curves`.
+
+    Returns:
+        The files, in reading order.
+
+    Raises:
+        ValueError: no results, or predictions that are missing or of other images.
+        OSError: the disk is full.
+
+    Example:
+
+    >>> import tempfile
+    >>> from ballad_hf import LongTailMetrics
+    >>> from ballad_hf.evaluation.predictions import Predictions
+    >>> from ballad_hf.evaluation.report import save_plots
+    >>> predictions = Predictions.from_logits([[2.0, 0.0], [1.0, 3.0]], [0, 1])
+    >>> metrics = LongTailMetrics.from_predictions(predictions, [500, 7], ["cat", "dog"])
+    >>> [file.name for file in save_plots(tempfile.mkdtemp(), {"phase B": metrics}, {"phase B": predictions})][:2]
+    ['accuracy_by_frequency.png', 'accuracy_by_frequency.svg']
+    """
+    kept = _last_predictions(results, predictions)
+    metrics = list(results.values())[-1]
+    figures: dict[str, Figure] = {}
+    if metrics.train_counts is not None:
+        figures["accuracy_by_frequency"] = plot_accuracy_by_frequency(results)
+    if len(results) > 1:
+        figures["gain_by_class"] = plot_gain_by_class(results)
+    if histories and any(histories.values()):
+        figures["training_curves"] = plot_training_curves(histories)
+    figures["reliability"] = plot_reliability(kept, metrics)
+    if not kept.correct.all():
+        figures["confusions"] = plot_confusions(kept, metrics.class_names)
+        if dataset is not None:
+            figures["mistakes"] = plot_mistakes(kept, dataset, metrics.class_names)
+    folder = Path(folder)
+    with explain_full_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return [file for name, figure in figures.items() for file in save_figure(figure, folder / name)]
 
 
 def write_report(
@@ -57,6 +270,7 @@ def write_report(
     predictions: Mapping[str, Predictions] | None = None,
     *,
     title: str,
+    dataset: ImageSplit | None = None,
     plots: Iterable[str | Path] = (),
     arguments: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -64,18 +278,19 @@ def write_report(
 
     Args:
         file: by convention `report.html` in a run's folder.
-        results: the metrics of every stage or model on the same pictures, in order; the last is the one that counts.
-        predictions: what each said, under the same names: for the table of confusions and further intervals.
-        title: such as the data's name.
-        plots: files that `save_plots` wrote. Of a plot in two formats the smaller file goes in.
+        results: metrics by stage or model on the same images, in order; the last is the main result.
+        predictions: predictions under the same names, for confusions, mistakes and further intervals.
+        title: such as the name of the dataset.
+        dataset: the images, for the file names of the mistakes.
+        plots: files written by `save_plots`. Of a plot in two formats the smaller file is embedded.
         arguments: flat names and values, shown as they are.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: no result.
-        FileNotFoundError: a plot is not there.
+        ValueError: no results.
+        FileNotFoundError: a plot is missing.
 
     Example:
 
@@ -89,22 +304,25 @@ def write_report(
     True
     """
     if not results:
-        raise ValueError("There is nothing to report: give the metrics of at least one stage.")
+        raise ValueError("There is nothing to report: pass the metrics of at least one stage.")
     last = list(results)[-1]
     metrics = results[last]
-    said = (predictions or {}).get(last)
+    kept = (predictions or {}).get(last)
     page = _TEMPLATES.get_template("report.html").render(
         title=title,
         stage=last,
         metrics=metrics,
+        images=images_of(metrics),
+        verdict=verdict(results),
         groups={group: len(members) for group, members in metrics.shot_classes.items()},
         tiles=_tiles(results),
         columns=COLUMNS,
         stages=[[name, *(percent(getattr(row, column)) for column in COLUMNS)] for name, row in results.items()],
         gains=_gains(results),
-        further=_further(metrics, said),
-        plots=_plots(plots),
-        confusions=_confusions(said, metrics),
+        further=_further(metrics, kept),
+        plots=_plots(plots, images_of(metrics)),
+        confusions=_confusions(kept, metrics),
+        mistakes=_mistakes(kept, metrics, dataset),
         stage_names=list(results),
         classes=class_rows(results),
         arguments=dict(arguments or {}),
@@ -113,12 +331,27 @@ def write_report(
     )
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page, encoding="utf-8")
+    write_text(file, page)
     return file
 
 
+def _last_predictions(results: Mapping[str, LongTailMetrics], predictions: Mapping[str, Predictions]) -> Predictions:
+    """The predictions behind the last result."""
+    if not results:
+        raise ValueError("There are no results to plot: pass the metrics of at least one stage.")
+    last = list(results)[-1]
+    if last not in predictions:
+        raise ValueError(f"There are no predictions of {last!r}, only of {', '.join(predictions) or 'no stage'}.")
+    if len(predictions[last]) != results[last].samples:
+        raise ValueError(
+            f"{len(predictions[last])} predictions, but metrics of {results[last].samples} images, for {last!r}: "
+            "pass the predictions that the metrics were computed from."
+        )
+    return predictions[last]
+
+
 def _tiles(results: Mapping[str, LongTailMetrics]) -> list[dict[str, str]]:
-    """The headline figures of the last stage, with their interval and the change since the first."""
+    """The main metrics of the last stage, each with its interval and the change since the first stage."""
     first, last = list(results.values())[0], list(results.values())[-1]
     intervals = confidence_intervals(last)
     tiles = []
@@ -141,11 +374,11 @@ def _gains(results: Mapping[str, LongTailMetrics]) -> list[str]:
     return [percent_gain(getattr(first, column), getattr(last, column)) for column in COLUMNS]
 
 
-def _further(metrics: LongTailMetrics, said: Predictions | None) -> list[tuple[str, str, str]]:
+def _further(metrics: LongTailMetrics, kept: Predictions | None) -> list[tuple[str, str, str]]:
     intervals = dict(confidence_intervals(metrics))
-    if said is not None:
-        resamples = int(np.clip(_LOOKS // len(said), 100, 1000))
-        intervals |= bootstrap_intervals(said, resamples=resamples)
+    if kept is not None:
+        resamples = int(np.clip(_BOOTSTRAP_VISITS // len(kept), 100, 1000))
+        intervals |= bootstrap_intervals(kept, resamples=resamples)
     rows = [
         (title, percent(value), _span(intervals.get(field)))
         for field, title in FURTHER.items()
@@ -160,35 +393,53 @@ def _span(interval: Interval | None) -> str:
     return "" if interval is None else f"{percent(interval.low)} to {percent(interval.high)}"
 
 
-def _confusions(said: Predictions | None, metrics: LongTailMetrics) -> list[tuple[str, str, int, str]]:
-    if said is None:
+def _confusions(kept: Predictions | None, metrics: LongTailMetrics) -> list[tuple[str, str, int, str]]:
+    if kept is None:
         return []
     names = names_of(metrics.class_names, len(metrics.class_accuracy))
-    worst = worst_confusions(said)
+    worst = worst_confusions(kept)
     return [
-        (names[worst.right[row]], names[worst.said[row]], int(worst.pictures[row]), percent(float(worst.share[row])))
-        for row in range(min(_MOST_CONFUSIONS, len(worst.right)))
+        (
+            names[worst.true[row]],
+            names[worst.predicted[row]],
+            int(worst.images[row]),
+            percent(float(worst.fraction[row])),
+        )
+        for row in range(min(_MOST_CONFUSIONS, len(worst.true)))
     ]
 
 
-def _plots(files: Iterable[str | Path]) -> list[Plot]:
-    """Of every plot the smaller of its files, those with a caption first and in the captions' order."""
+def _mistakes(kept: Predictions | None, metrics: LongTailMetrics, dataset: ImageSplit | None) -> list[Mistake]:
+    if kept is None or dataset is None:
+        return []
+    return mistake_rows(kept, dataset, metrics.class_names, worst_mistakes(kept))
+
+
+def _plots(files: Iterable[str | Path], images: str) -> list[Plot]:
+    """The smaller file of every plot, captioned plots first and in the order of the captions."""
     smallest: dict[str, Path] = {}
     for file in map(Path, files):
         if not file.is_file():
-            raise FileNotFoundError(f"There is no plot {file}: draw the plots by save_plots first.")
-        if file.suffix in _KINDS and file.stat().st_size < _size(smallest.get(file.stem)):
+            raise FileNotFoundError(f"There is no plot {file}: save the plots with save_plots first.")
+        if file.suffix in _MEDIA_TYPES and file.stat().st_size < _size(smallest.get(file.stem)):
             smallest[file.stem] = file
     order = [*(name for name in CAPTIONS if name in smallest), *(name for name in smallest if name not in CAPTIONS)]
-    return [Plot(_data_address(smallest[name]), CAPTIONS.get(name, name.replace("_", " "))) for name in order]
+    return [
+        Plot(_data_url(smallest[name]), CAPTIONS.get(name, name.replace("_", " ")).replace("{images}", images))
+        for name in order
+    ]
 
 
-_KINDS = {".png": "image/png", ".svg": "image/svg+xml"}
+_MEDIA_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
 def _size(file: Path | None) -> float:
     return float("inf") if file is None else file.stat().st_size
 
 
-def _data_address(file: Path) -> str:
-    return f"data:{_KINDS[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"
+def _data_url(file: Path) -> str:
+    return f"data:{_MEDIA_TYPES[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"
+
+
+def _file_name(stage: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", stage) + ".safetensors"

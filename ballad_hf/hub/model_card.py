@@ -1,9 +1,11 @@
-"""The model card, rendered from measured results: nothing on it is typed by hand."""
+"""The model card, rendered from measured results; and what of a run's arguments may be published."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +14,14 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 
 from ..evaluation.intervals import confidence_intervals
 from ..evaluation.metrics import GROUPS, LongTailMetrics
-from ..evaluation.table import ABSENT, COLUMNS, FURTHER, percent
+from ..evaluation.summary import ABSENT, COLUMNS, FURTHER, images_of, names_of, percent, verdict
 from ..models.modeling_ballad import BalladForImageClassification
 from ..training.run_folder import installed_versions
-from .layout import LAYOUT
+from .model_directory import LAYOUT
 
 
 if TYPE_CHECKING:
-    from ..data.sources import Splits
+    from ..data.sources import ImageSplit
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 HEADLINES = {
@@ -30,17 +32,19 @@ HEADLINES = {
     "few": "Few-shot accuracy",
     "worst_class": "Worst-class accuracy",
 }
-# Where a run lives and how it talks says nothing about the weights, and may say too much about its owner.
+# Arguments about the machine and the account of a run say nothing about the weights.
 _PRIVATE = re.compile(r"output_dir|resume|cache_dir|image_root|num_workers|report_to|push_to_hub|^hub_|class_names$")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Arguments whose value is a path or a Hub name.
+_PATH_ARGUMENT = re.compile(r"(^|_)(dataset|dir|root|file|path|folder|class_names)$")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Names for `model_name_or_path` that build a model from random weights instead of loading one.
 BUILT_IN_MODELS = ("tiny",)
 _PLOTS_SHOWN = {
-    "accuracy_by_frequency": "Accuracy of each class over its number of training pictures",
-    "gain_by_class": "What training changed for each class, sorted by its number of training pictures",
+    "accuracy_by_frequency": "Accuracy of each class over its number of training images",
+    "gain_by_class": "Change in accuracy of each class, sorted by its number of training images",
 }
 _MOST_CLASSES_LISTED = 10
-_FEW_TEST_PICTURES = 10
+_FEW_IMAGES = 10
 
 
 def render_model_card(
@@ -49,7 +53,7 @@ def render_model_card(
     *,
     dataset_name: str,
     arguments: Mapping[str, Any],
-    splits: Splits | None = None,
+    datasets: Mapping[str, ImageSplit] | None = None,
     seeds: int | Sequence[int],
     model_id: str | None = None,
     base_model: str | None = None,
@@ -58,31 +62,31 @@ def render_model_card(
     examples: Mapping[str, str] | None = None,
     plots: Iterable[str | Path] = (),
 ) -> ModelCard:
-    """Render the card of a trained model.
+    """Render the model card of a trained model.
 
     Args:
-        model: the model; its classes, ratio, templates and training counts go on the card.
-        results: the metrics of every stage on the same pictures, from the baseline before training to the model that
-            is shared. The last is what the card's metadata claims.
-        dataset_name: as people call the data.
-        arguments: flat names and values of the run; paths and the like are left out of the card.
-        splits: the data, for the sizes and fingerprints of its parts.
-        seeds: of the runs behind the figures.
-        model_id: repository the card is for, such as `owner/name`; default: `hub_model_id`, else the name of
+        model: the model; its classes, adapter ratio, templates and training counts go on the card.
+        results: metrics by stage on the same images, from the baseline before training to the model that is shared.
+            The last is what the card's metadata reports.
+        dataset_name: the dataset as people call it.
+        arguments: flat names and values of the run; local paths and the like are left out.
+        datasets: the data by split (`train`, `validation`, `test`), for sizes and fingerprints.
+        seeds: of the runs behind the results.
+        model_id: repository that the card is for, such as `owner/name`; default: `hub_model_id`, else the name of
             `output_dir`.
-        base_model: Hub name of the dual encoder; default: `model_name_or_path` where that is a Hub name.
-        base_license: identifier of the base model's licence, which then holds for this model; default: what the card
-            in the base model's local folder says, else the card points to the base model.
-        dataset_id: Hub name of the data set; default: `dataset` where that is a Hub name.
-        examples: title of a picture -> its address or its path in the repository, for the widget.
-        plots: files that `save_plots` wrote and the bundle keeps in `plots/`; the PNG pictures of class frequency and
-            of what training gained are shown on the card.
+        base_model: Hub name of the dual encoder; default: `model_name_or_path` if that is a Hub name.
+        base_license: license identifier of the base model, which then applies to this model; default: that of the
+            model card in the base model's local folder, else the card refers to the base model.
+        dataset_id: Hub name of the dataset; default: `dataset` if that is a Hub name.
+        examples: image URLs, or paths in the repository, by title, for the widget.
+        plots: files written by `save_plots` and kept in `plots/`; the PNG files of accuracy by frequency and of the
+            gain by class are shown on the card.
 
     Returns:
-        A card whose metadata carries `model-index`; `str(card)` is the README.
+        A card whose metadata has a `model-index`; `str(card)` is the README.
 
     Raises:
-        ValueError: no result.
+        ValueError: no results.
 
     Example:
 
@@ -98,14 +102,14 @@ def render_model_card(
     ('openai/clip-vit-base-patch16', ['Overall accuracy', 'Mean-class accuracy'])
     """
     if not results:
-        raise ValueError("There is no result to put on the card: give the metrics of at least one stage.")
+        raise ValueError("There are no results for the model card: pass the metrics of at least one stage.")
     final = list(results.values())[-1]
     base = arguments.get("model_name_or_path")
     base_model = base_model or _hub_id(base)
     base_license = base_license or _local_license(base)
-    dataset_id = dataset_id or _hub_id(arguments.get("dataset"), needs_owner=True)
-    model_id = model_id or arguments.get("hub_model_id") or Path(str(arguments.get("output_dir", "ballad"))).name
-    part = "validation" if splits is not None and splits.test is None else "test"
+    dataset_id = dataset_id or _hub_id(arguments.get("dataset"))
+    model_id = _repo_name(model_id or arguments.get("hub_model_id") or Path(str(arguments.get("output_dir", ""))).name)
+    split = final.split or "evaluation"
     data = ModelCardData(
         model_name=model_id.split("/")[-1],
         library_name="transformers",
@@ -116,35 +120,90 @@ def render_model_card(
         metrics=["accuracy", "f1"],
         tags=_tags(model),
         widget=[{"src": source, "example_title": title} for title, source in (examples or {}).items()] or None,
-        eval_results=_eval_results(final, dataset_name, dataset_id, part),
+        eval_results=_eval_results(final, dataset_name, dataset_id, split),
     )
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    recipe = yaml.safe_dump(_public(arguments), sort_keys=False, allow_unicode=True, width=10_000).strip()
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         model_id=model_id,
         loadable_id=model_id if "/" in model_id else f"your-name/{model_id}",
-        dataset_name=dataset_name,
-        dataset_id=dataset_id,
+        dataset_name=_escaped(dataset_name),
         base_model=base_model,
         base_license=base_license,
         from_scratch=base in BUILT_IN_MODELS,
         config=model.config,
-        part=part,
+        images=_escaped(images_of(final)),
         metrics=final,
         stages=len(results),
-        pictures=_shown_plots(plots),
+        plots=_shown_plots(plots),
         results_table=_results_table(results),
         intervals_table=_intervals_table(final),
-        further_table=_markdown_table(["figure", "value"], _further_rows(final)),
-        classes_table=_classes_table(final, part),
+        further_table=_markdown_table(["metric", "value"], _further_rows(final)),
+        classes_table=_classes_table(final),
         class_line=_class_line(model),
-        parts_table=_parts_table(splits),
+        datasets_table=_datasets_table(datasets),
         seeds=", ".join(map(str, seeds)),
-        limits=_limits(results, seeds, part),
-        recipe=yaml.safe_dump(_public(arguments), sort_keys=False, allow_unicode=True).strip(),
+        prompts=_prompts(model.config.templates),
+        limits=_limits(results, seeds),
+        recipe=_fenced(recipe, "yaml"),
+        project_url=project_url(),
         versions=", ".join(f"{name} {version}" for name, version in installed_versions().items()),
     )
+
+
+def project_url(package: str = "ballad_hf") -> str | None:
+    """URL of an installed package's source code, by its own metadata, or `None` if that names none.
+
+    Args:
+        package: its name.
+    """
+    try:
+        entries = metadata(package).get_all("Project-URL") or []
+    except PackageNotFoundError:
+        return None
+    urls = {label.strip().lower(): url.strip() for label, _, url in (entry.partition(",") for entry in entries)}
+    chosen = next((urls[label] for label in ("source", "repository", "homepage") if label in urls), None)
+    return chosen or next(iter(urls.values()), None)
+
+
+def is_local_path(value: str, argument: str = "") -> bool:
+    """Whether a text is a path on somebody's disk rather than a Hub name or other text.
+
+    Args:
+        value: the text.
+        argument: name of the argument that it belongs to; paths may be relative, such as `photos/alice/birds`.
+
+    >>> is_local_path("../home_of_alice/birds"), is_local_path("openai/clip-vit-base-patch16")
+    (True, False)
+    """
+    if value.startswith(("/", "~", "./", ".\\", "\\\\", "file:")) or re.match(r"[A-Za-z]:[\\/]", value):
+        return True
+    components = re.split(r"[\\/]", value)
+    if ".." in components:
+        return True
+    is_path = bool(_PATH_ARGUMENT.search(argument)) and len(components) > 1 and "://" not in value
+    # A Hub name has a single slash.
+    return is_path and (len(components) > 2 or os.path.exists(value))
+
+
+def strip_local_paths(value: Any, found: dict[str, str], argument: str = "") -> Any:
+    """Cut the local paths in a value to their last component.
+
+    Args:
+        value: text, or a list or dict of such values; anything else is returned as it is.
+        found: receives what was cut, path -> last component.
+        argument: name of the argument that the value belongs to.
+    """
+    if isinstance(value, dict):
+        return {name: strip_local_paths(entry, found, str(name)) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [strip_local_paths(entry, found, argument) for entry in value]
+    if isinstance(value, str) and is_local_path(value, argument):
+        found[value] = re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+        return found[value]
+    return value
 
 
 def evaluation_result_file(
@@ -157,22 +216,22 @@ def evaluation_result_file(
     date: str | None = None,
     notes: str | None = None,
 ) -> str:
-    """The Hub's newer form of a result, for `.eval_results/<name>.yaml` beside the card.
+    """Content of `.eval_results/<name>.yaml`, the Hub's newer form of a result.
 
-    It fits only where the data set is registered on the Hub as a benchmark with tasks; any other result belongs in the
-    card's `model-index`, which `render_model_card` writes.
+    It applies only to datasets registered on the Hub as a benchmark with tasks; any other result belongs in the card's
+    `model-index`, which `render_model_card` writes.
 
     Args:
-        metrics: of the shared model on the benchmark's test part.
-        dataset_id: the benchmark's Hub name, `owner/name`.
+        metrics: of the shared model on the test split of the benchmark.
+        dataset_id: Hub name of the benchmark, `owner/name`.
         task_id: the task within the benchmark.
-        metric: the figure that the benchmark ranks, a field of the metrics; written in percent.
-        dataset_revision: commit of the data set.
+        metric: the metric that the benchmark ranks, a field of the metrics; written in percent.
+        dataset_revision: commit of the dataset.
         date: ISO 8601 date of the evaluation; default: that of the commit.
         notes: about the set-up.
 
     Raises:
-        ValueError: a name that is no Hub id, a figure that does not exist.
+        ValueError: not a Hub name, or a metric that does not exist.
 
     Example:
 
@@ -184,11 +243,11 @@ def evaluation_result_file(
         task_id: default
       value: 50.0
     """
-    if _hub_id(dataset_id, needs_owner=True) is None:
-        raise ValueError(f"dataset_id is {dataset_id!r}: give a data set's name on the Hub, such as owner/name.")
+    if _hub_id(dataset_id) is None:
+        raise ValueError(f"dataset_id is {dataset_id!r}: pass the name of a dataset on the Hub, such as owner/name.")
     value = getattr(metrics, metric, None)
     if not isinstance(value, float):
-        raise ValueError(f"There is no figure {metric!r} in these metrics: choose one such as 'overall' or 'few'.")
+        raise ValueError(f"The metrics have no {metric!r}: choose one that exists, such as 'overall' or 'few'.")
     entry = EvalResultEntry(
         dataset_id=dataset_id,
         task_id=task_id,
@@ -200,22 +259,22 @@ def evaluation_result_file(
     return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
 
 
-def _eval_results(metrics: LongTailMetrics, name: str, dataset_id: str | None, part: str) -> list[EvalResult]:
+def _eval_results(metrics: LongTailMetrics, name: str, dataset_id: str | None, split: str) -> list[EvalResult]:
     slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-") or "data"
     described: dict[str, Any] = {
         "task_type": "image-classification",
         "task_name": "Image classification",
         "dataset_type": dataset_id or slug,
         "dataset_name": name,
-        "dataset_split": part,
+        "dataset_split": split,
     }
-    figures = [
+    accuracies = [
         EvalResult(**described, metric_type="accuracy", metric_name=title, metric_value=round(value, 4))
         for field, title in HEADLINES.items()
         if (value := getattr(metrics, field)) is not None
     ]
     f1 = EvalResult(**described, metric_type="f1", metric_name="Macro F1", metric_value=round(metrics.macro_f1, 4))
-    return [*figures, f1]
+    return [*accuracies, f1]
 
 
 def _tags(model: BalladForImageClassification) -> list[str]:
@@ -225,7 +284,7 @@ def _tags(model: BalladForImageClassification) -> list[str]:
 
 def _results_table(results: Mapping[str, LongTailMetrics]) -> str:
     rows = [
-        [_cell(name), *(percent(getattr(metrics, field)) for field in COLUMNS)] for name, metrics in results.items()
+        [_escaped(name), *(percent(getattr(metrics, field)) for field in COLUMNS)] for name, metrics in results.items()
     ]
     rows[-1] = [f"**{cell}**" for cell in rows[-1]]
     return _markdown_table(["", *COLUMNS.values()], rows)
@@ -242,7 +301,7 @@ def _intervals_table(metrics: LongTailMetrics) -> str:
         for field, title in HEADLINES.items()
         if field in intervals
     ]
-    return _markdown_table(["figure", "value", "95 % interval"], rows)
+    return _markdown_table(["metric", "value", "95% CI"], rows)
 
 
 def _further_rows(metrics: LongTailMetrics) -> list[list[str]]:
@@ -251,31 +310,33 @@ def _further_rows(metrics: LongTailMetrics) -> list[list[str]]:
     return [*shown, ["Negative log-likelihood (nats)", f"{metrics.negative_log_likelihood:.3f}"]]
 
 
-def _classes_table(metrics: LongTailMetrics, part: str) -> str:
-    """The classes that do worst, so that nobody has to look for them."""
-    names = metrics.class_names or tuple(map(str, range(len(metrics.class_accuracy))))
+def _classes_table(metrics: LongTailMetrics) -> str:
+    """The classes with the lowest accuracy."""
+    names = names_of(metrics.class_names, len(metrics.class_accuracy))
     counts = metrics.train_counts or (None,) * len(names)
-    seen = [
+    evaluated = [
         (accuracy, counts[index], names[index], metrics.class_support[index])
         for index, accuracy in enumerate(metrics.class_accuracy)
         if accuracy is not None
     ]
-    seen.sort(key=lambda row: (row[0], row[1] or 0))
+    evaluated.sort(key=lambda row: (row[0], row[1] or 0))
     rows = [
-        [_cell(name), ABSENT if count is None else str(count), str(support), percent(accuracy)]
-        for accuracy, count, name, support in seen[:_MOST_CLASSES_LISTED]
+        [_escaped(name), ABSENT if count is None else str(count), str(support), percent(accuracy)]
+        for accuracy, count, name, support in evaluated[:_MOST_CLASSES_LISTED]
     ]
-    return _markdown_table(["class", "training pictures", f"{part} pictures", "accuracy"], rows)
+    return _markdown_table(["class", "training images", _escaped(images_of(metrics)), "accuracy"], rows)
 
 
 def _class_line(model: BalladForImageClassification) -> str:
     names = model.config.class_names
-    shown = ", ".join(_cell(name) for name in names[:_MOST_CLASSES_LISTED])
-    return shown if len(names) <= _MOST_CLASSES_LISTED else f"{shown}, … ({len(names)} in all, in `config.json`)"
+    shown = ", ".join(_escaped(name) for name in names[:_MOST_CLASSES_LISTED])
+    return (
+        shown if len(names) <= _MOST_CLASSES_LISTED else f"{shown}, … ({len(names)} in total, listed in `config.json`)"
+    )
 
 
 def _shown_plots(plots: Iterable[str | Path]) -> list[str]:
-    """Pictures for the card, as Markdown; addressed inside the bundle."""
+    """The plots of the card as Markdown, by their path in the repository."""
     names = {Path(plot).name for plot in plots}
     return [
         f"![{description}]({LAYOUT.plots}/{stem}.png)"
@@ -284,64 +345,63 @@ def _shown_plots(plots: Iterable[str | Path]) -> list[str]:
     ]
 
 
-def _parts_table(splits: Splits | None) -> str | None:
-    if splits is None:
+def _datasets_table(datasets: Mapping[str, ImageSplit] | None) -> str | None:
+    if not datasets:
         return None
-    parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
-    rows = [[name, str(len(part)), f"`{part.fingerprint()}`"] for name, part in parts.items() if part is not None]
-    table = _markdown_table(["part", "pictures", "fingerprint"], rows)
-    if splits.validation is not None:
+    rows = [[_escaped(split), str(len(data)), f"`{data.fingerprint()}`"] for split, data in datasets.items()]
+    table = _markdown_table(["split", "images", "fingerprint"], rows)
+    if "validation" in datasets:
         return table
     return f"{table}\n\nThere was no validation split: each phase kept the weights of its last epoch."
 
 
-def _limits(results: Mapping[str, LongTailMetrics], seeds: Sequence[int], part: str) -> list[str]:
-    """What the figures themselves say against the model, in words."""
+def _prompts(templates: Sequence[str]) -> str:
+    shown = ", ".join(_code(template) for template in templates[:5])
+    return shown if len(templates) <= 5 else f"{shown} and {len(templates) - 5} more"
+
+
+def _limits(results: Mapping[str, LongTailMetrics], seeds: Sequence[int]) -> list[str]:
+    """What the metrics say against the model, in words."""
     (first_name, first), (_, final) = list(results.items())[0], list(results.items())[-1]
-    found = []
-    if part == "validation":
+    images = _escaped(images_of(final))
+    found = [_escaped(sentence) for sentence in verdict(results)]
+    if final.split == "validation":
         found.append(
-            "There was no test part: the figures are of the pictures that also chose which weights are kept, so they "
-            "flatter the model."
+            "There was no test split: the validation images also selected the weights, so the results are optimistic."
         )
     for group in GROUPS:
         before, after = getattr(first, group), getattr(final, group)
         if before is not None and after is not None and after < before:
             found.append(
-                f"On {group}-shot classes it does worse than the stage “{first_name}”: "
-                f"{percent(after)} % against {percent(before)} %."
+                f"On {group}-shot classes it is worse than {_escaped(first_name)}: "
+                f"{percent(after)}% against {percent(before)}%."
             )
     never = sum(accuracy == 0 for accuracy in final.class_accuracy)
     if never:
-        found.append(f"{never} of {len(final.class_accuracy)} classes were never recognised in the {part} pictures.")
+        found.append(f"{never} of {len(final.class_accuracy)} classes were never recognised in the {images}.")
     untested = sum(support == 0 for support in final.class_support)
     if untested:
-        found.append(f"Classes without a {part} picture, of which nothing is known: {untested}.")
-    scarce = sum(0 < support < _FEW_TEST_PICTURES for support in final.class_support)
+        found.append(f"Classes without any of the {images}, whose accuracy is unknown: {untested}.")
+    scarce = sum(0 < support < _FEW_IMAGES for support in final.class_support)
     if scarce:
-        found.append(
-            f"Classes with fewer than {_FEW_TEST_PICTURES} {part} pictures, whose own figures are uncertain: {scarce}."
-        )
+        found.append(f"Classes with fewer than {_FEW_IMAGES} of the {images}, whose accuracy is uncertain: {scarce}.")
     if final.train_counts is None:
-        found.append("The training counts were not recorded, so there are no figures for head and tail.")
+        found.append("The training counts were not recorded, so there are no metrics by shot group.")
     if final.expected_calibration_error > 0.1:
         found.append(
-            f"Its confidence is off by {percent(final.expected_calibration_error)} points on average: "
-            "do not read its scores as probabilities without calibrating them."
+            f"Its confidence is off by {percent(final.expected_calibration_error)} points on average: calibrate its "
+            "scores before using them as probabilities."
         )
     if len(seeds) == 1:
-        found.append("The figures are of one training run; another seed gives somewhat different ones.")
+        found.append("The results are of one training run; another seed gives somewhat different ones.")
     return found
 
 
 def _public(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that belong to the recipe, with local paths cut to their last part."""
+    """The arguments that belong to the recipe, with local paths cut to their last component."""
     kept = {name: value for name, value in arguments.items() if not _PRIVATE.search(name) and value is not None}
-    for name in ("dataset", "model_name_or_path"):
-        value = kept.get(name)
-        if isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()):
-            kept[name] = Path(value).name
-    return yaml.safe_load(yaml.safe_dump({name: _plain(value) for name, value in kept.items()}))
+    kept = strip_local_paths({name: _plain(value) for name, value in kept.items()}, {})
+    return yaml.safe_load(yaml.safe_dump(kept))
 
 
 def _plain(value: Any) -> Any:
@@ -350,11 +410,16 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str) else str(value)
 
 
-def _hub_id(name: Any, needs_owner: bool = False) -> str | None:
-    """The name where it can be a Hub id, and is no file or folder here."""
-    if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or Path(name).exists():
+def _hub_id(name: Any) -> str | None:
+    """The name if it can be a Hub name with its owner, and is no file or folder here."""
+    if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or is_local_path(name) or Path(name).exists():
         return None
-    return name if "/" in name else None
+    return name
+
+
+def _repo_name(name: str) -> str:
+    """A name that can stand in Markdown and in Python, such as `owner/name`."""
+    return re.sub(r"[^\w./-]+", "-", name, flags=re.ASCII).strip("-./") or "ballad"
 
 
 def _local_license(base: Any) -> str | None:
@@ -367,7 +432,24 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(text: str) -> str:
-    """Text that cannot break out of a table's cell or be taken for mark-up."""
-    flat = " ".join(str(text).split())
-    return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", flat)
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, on one line and inside a table cell."""
+    return re.sub(r"([\\|*_`<>\[\]&~])", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(text: str) -> str:
+    """Inline code that no backticks in the text can end."""
+    text = " ".join(text.split())
+    fence = "`" * (_longest_run(text) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block that no backticks in the text can end."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)

@@ -1,51 +1,65 @@
-"""Pushing a bundle to the Hub, now or later, and checkpoints in the background.
+"""Push model directories to the Hub, and training checkpoints in the background.
 
     python -m ballad_hf.hub.push outputs/digits someone/digits --private
 
-The local folder is only read: whatever the network does, the result stays.
+The local folder is only read: whatever happens on the network, the model stays.
 """
 
 from __future__ import annotations
 
+import csv
+import html
+import io
 import json
 import os
 import shlex
 import shutil
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl, get_session
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
-from .layout import LAYOUT, check_bundle
-from .private_paths import config_without_private_paths, without_private_paths
-from .remote_code import code_files, config_with_code
+from ..files import StagingFolder
+from ..models import modeling_ballad
+from .model_card import is_local_path, strip_local_paths
+from .model_directory import HELD_CHECKPOINTS, LAYOUT, check_model_directory
 
 
 logger = logging.get_logger(__name__)
 
 CHECKPOINT_IN_REPO = "last-checkpoint"
-# HTTPError is that of the library which the installed client speaks through, httpx or httpx2; the client raises a bare
-# RuntimeError for a large file that it could not send.
+# Seconds without a byte from or to the Hub; its client would wait for ever.
+HUB_TIMEOUT = 120.0
+_MODEL = "modeling_ballad.BalladForImageClassification"
+AUTO_MAP = {
+    "AutoConfig": "configuration_ballad.BalladConfig",
+    "AutoModel": "modeling_ballad.BalladModel",
+    "AutoModelForImageClassification": _MODEL,
+    "AutoModelForZeroShotImageClassification": _MODEL,
+}
+# HTTPError is that of the HTTP library behind the installed client (httpx or httpx2). The client raises a bare
+# RuntimeError for a large file that it could not upload.
 _FAILURES = (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, RuntimeError)
 
 
 class PushError(RuntimeError):
-    """The Hub did not take a bundle. The message says why, that the folder is whole, and how to push it later."""
+    """A push failed. The message says why, that the local folder is complete, and how to push it later."""
 
 
-def push_bundle(
+def push_model_directory(
     folder: str | Path,
     repo_id: str,
     *,
@@ -53,104 +67,105 @@ def push_bundle(
     token: str | None = None,
     with_code: bool = False,
     revision: str | None = None,
-    commit_message: str = "A Ballad and what tells of it",
+    commit_message: str = "Upload BALLAD model",
 ) -> RepoUrl:
-    """Put a bundle's files, and no others of its folder, into a Hub repository; call it on the main process alone.
+    """Upload a model directory, and no other files of its folder, to the Hub. Call it on the main process only.
 
-    The repository is made where it does not exist. Everything but the card goes up in one commit, then the card:
-    nobody reads of a model that is not there yet. Weights of an earlier push under other names are removed. Absolute
-    paths in what tells the run's arguments are cut to their last part.
+    The repository is created if missing. Everything but the model card goes into one commit, and then the card, so
+    that nobody reads about a model that is not there yet. Weights of an earlier push under other names are removed.
+    Local paths in the config, the arguments and the report are cut to their last component; links are refused.
 
     Args:
-        folder: that `save_bundle` wrote; it is not changed.
-        repo_id: `owner/name`, or `name` for one of your own.
-        private: `True` for a private repository, and nothing goes up where one of that name is public already.
-            `None` for the account's default.
-        token: of the Hub, with the right to write; default: the one of `hf auth login` or of `HF_TOKEN`.
-        with_code: put the model's code there too; then it loads with `trust_remote_code=True` where this package is
-            not installed.
-        revision: branch to push to, which must exist; default: the main one.
+        folder: saved by `BalladTrainer.save_model`; it is not changed.
+        repo_id: `owner/name`, or `name` in your own namespace.
+        private: `True` for a private repository; nothing is uploaded if a public one of that name exists. `None` for
+            the account's default.
+        token: a Hub token with write access; default: that of `hf auth login` or `HF_TOKEN`.
+        with_code: upload the model's code too, so that it loads with `trust_remote_code=True` without this package.
+        revision: an existing branch; default: the main one.
         commit_message: of the commit.
 
     Returns:
-        The repository's address, a string.
+        The URL of the repository, a string.
 
     Raises:
-        FileNotFoundError: a file of the bundle is missing.
-        ValueError: a file of the bundle is damaged; `repo_id` can't be a repository's name.
-        PushError: no token or one that may not write, no network, a Hub that fails, a public repository where a
-            private one was asked for.
+        FileNotFoundError: a file of the model directory is missing.
+        ValueError: a file is damaged or a symbolic link; `repo_id` is not a valid repository name.
+        PushError: no token or no write access, no network, a Hub that fails or does not answer, a public repository
+            where a private one was requested.
 
     Example:
 
-    >>> from ballad_hf import push_bundle
-    >>> push_bundle("outputs/digits", "someone/digits", private=True)  # doctest: +SKIP
+    >>> from ballad_hf import push_model_directory
+    >>> push_model_directory("outputs/digits", "someone/digits", private=True)  # doctest: +SKIP
     RepoUrl('https://huggingface.co/someone/digits', ...)
     """
     folder = Path(folder)
     check_repo_id(repo_id)
-    check_bundle(folder)
+    check_model_directory(folder)
+    files = {file.relative_to(folder).as_posix(): file for file in LAYOUT.files(folder)}
     api = HfApi(token=token)
-    with _explained(folder, repo_id, private, with_code, revision):
+    with _explained(folder, repo_id, private, with_code, revision), _time_limit():
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
         name = repository.repo_id
         if private and not api.repo_info(name).private:
             raise PushError(
-                f"{name} is public, and a private repository was asked for. Make it private in its settings, or "
+                f"{name} is public, but a private repository was requested: make it private in its settings, or "
                 "choose another name."
             )
-        there = set(api.list_repo_files(name, revision=revision))
-        card = folder / LAYOUT.card
-        operations = _operations(folder, there, with_code)
+        existing = set(api.list_repo_files(name, revision=revision))
+        card = files.pop(LAYOUT.card, None)
+        operations = _operations(folder, files, existing, with_code)
         api.create_commit(name, operations, commit_message=commit_message, revision=revision)
-        if card.is_file():
+        if card is not None:
             add = CommitOperationAdd(LAYOUT.card, card)
-            api.create_commit(name, [add], commit_message="The model card", revision=revision)
+            api.create_commit(name, [add], commit_message="Upload model card", revision=revision)
         else:
             logger.warning(f"{folder} has no {LAYOUT.card}, so the repository {name} has no model card.")
     return repository
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise a `ValueError` for what can't be a repository's name."""
+    """Raise a `ValueError` for an invalid repository name."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(
-            f"{repo_id!r} can't be a repository's name: give owner/name or name, of letters, digits, '-', '_' and '.'."
+            f"{repo_id!r} is not a valid repository name: use owner/name or name, with letters, digits, '-', '_', '.'."
         ) from error
 
 
 def check_push(repo_id: str, token: str | None = None) -> str:
-    """Ask what a push will need before hours of training: a name that can be one, a network, a token that is known.
+    """Check before hours of training that a push can work: a valid name, a network, a known token.
 
     Returns:
-        The account's name.
+        The name of the account.
 
     Raises:
-        ValueError: `repo_id` can't be a repository's name.
-        PushError: no token or an unknown one, no network.
+        ValueError: `repo_id` is not a valid repository name.
+        PushError: no token or an unknown one, no network, or no answer.
     """
     check_repo_id(repo_id)
     try:
-        return HfApi(token=token).whoami()["name"]
+        with _time_limit():
+            return HfApi(token=token).whoami()["name"]
     except _FAILURES as error:
         raise PushError(f"A push to {repo_id} would fail: {_reason(error)}") from error
 
 
 class CheckpointPusher:
-    """Uploads training checkpoints in the background, each in the place of the one before, as `last-checkpoint`.
+    """Uploads training checkpoints in the background, each replacing the one before, to `last-checkpoint/`.
 
-    Training never waits for the Hub: while one checkpoint is on its way only the newest of those that follow is kept
-    waiting. A failure is a warning. Use it on the main process alone.
+    Training never waits for the Hub: while one checkpoint is being uploaded, only the newest of those that follow is
+    kept. A failure is a warning. Use it on the main process only.
 
     Args:
-        repo_id: `owner/name` or `name`; made where it does not exist.
-        private: as in `push_bundle`.
-        token: as in `push_bundle`.
+        repo_id: `owner/name` or `name`; created if missing.
+        private: see `push_model_directory`.
+        token: see `push_model_directory`.
 
     Raises:
-        ValueError: `repo_id` can't be a repository's name.
+        ValueError: `repo_id` is not a valid repository name.
 
     Example:
 
@@ -165,29 +180,31 @@ class CheckpointPusher:
         self.private = private
         self.token = token
         self._change = threading.Condition()
-        self._waiting: Path | None = None
+        self._waiting: StagingFolder | None = None
         self._closed = False
-        # A daemon: a Hub that never answers must not keep the program from ending.
+        # A daemon thread: a Hub that never answers must not keep the program from ending.
         self._thread = threading.Thread(target=self._work, name="checkpoint-push", daemon=True)
         self._thread.start()
 
     def submit(self, checkpoint: str | Path) -> None:
-        """Upload this checkpoint's folder as soon as may be. It may be removed right after this call."""
-        kept = _hold(Path(checkpoint))
+        """Upload this checkpoint's folder as soon as possible. It may be deleted right after this call."""
+        held = _hold(Path(checkpoint))
         with self._change:
-            overtaken, self._waiting = self._waiting, kept
+            overtaken, self._waiting = self._waiting, held
             self._change.notify()
         if overtaken is not None:
-            shutil.rmtree(overtaken, ignore_errors=True)
+            overtaken.remove()
 
     def close(self, timeout: float | None = 60) -> None:
-        """Let what was submitted go up, but wait no longer than `timeout` seconds."""
+        """Wait up to `timeout` seconds for the uploads to finish."""
         with self._change:
             self._closed = True
             self._change.notify()
         self._thread.join(timeout)
         if self._thread.is_alive():
-            logger.warning(f"A checkpoint on its way to {self.repo_id} is given up; it stays on the disk.")
+            logger.warning(
+                f"The upload of a checkpoint to {self.repo_id} did not finish in {timeout} s; it stays on the disk."
+            )
 
     def __enter__(self) -> CheckpointPusher:
         return self
@@ -199,34 +216,133 @@ class CheckpointPusher:
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._waiting is not None or self._closed)
-                folder, self._waiting = self._waiting, None
-            if folder is None:
+                held, self._waiting = self._waiting, None
+            if held is None:
                 return
             try:
-                self._upload(folder)
+                self._upload(held.path)
             # The Hub's client fails in many ways, and none of them may end the training.
             except Exception as error:
-                logger.warning(f"A checkpoint was not pushed to {self.repo_id}: {_reason(error)} Training goes on.")
+                logger.warning(f"A checkpoint was not pushed to {self.repo_id}: {_reason(error)} Training continues.")
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                held.remove()
 
     def _upload(self, folder: Path) -> None:
         api = HfApi(token=self.token)
-        repository = api.create_repo(self.repo_id, private=self.private, exist_ok=True)
-        if self.private and not api.repo_info(repository.repo_id).private:
-            raise PushError(f"{repository.repo_id} is public, and a private repository was asked for.")
-        api.upload_folder(
-            repo_id=repository.repo_id,
-            folder_path=folder,
-            path_in_repo=CHECKPOINT_IN_REPO,
-            delete_patterns="*",
-            commit_message="A checkpoint of the training",
-        )
+        with _time_limit():
+            repository = api.create_repo(self.repo_id, private=self.private, exist_ok=True)
+            if self.private and not api.repo_info(repository.repo_id).private:
+                raise PushError(f"{repository.repo_id} is public, but a private repository was requested.")
+            api.upload_folder(
+                repo_id=repository.repo_id,
+                folder_path=folder,
+                path_in_repo=CHECKPOINT_IN_REPO,
+                delete_patterns="*",
+                commit_message="Upload training checkpoint",
+            )
 
 
-def _hold(folder: Path) -> Path:
-    """The same files under another name beside it; hard links where the disk knows them, so that it costs nothing."""
-    kept = Path(tempfile.mkdtemp(prefix=".push-", dir=folder.parent))
+def code_files() -> list[Path]:
+    """The model's source file and every file that it imports, directly or not.
+
+    transformers imports such files from a repository with `trust_remote_code=True`. It needs them flat in the root of
+    the repository, importing each other only as `from .x import y`; the package `models` is written that way.
+    """
+    source = Path(str(modeling_ballad.__file__))
+    return sorted({source, *(Path(file) for file in get_relative_import_files(str(source)))})
+
+
+def config_with_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of a `config.json` that points the Auto classes to the repository's own code."""
+    return {**config, "auto_map": AUTO_MAP}
+
+
+def without_local_paths(folder: Path) -> dict[str, bytes]:
+    """The files of a model directory that show a run's arguments or image files, with local paths cut.
+
+    Args:
+        folder: the model directory; it is only read.
+
+    Returns:
+        Content by file name, for files that show a local path.
+
+    Raises:
+        ValueError: the arguments can't be read.
+
+    Example:
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from ballad_hf.hub.push import without_local_paths
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "arguments.yaml").write_text("dataset: ../home_of_alice/birds\\nseed: 3\\n")
+    >>> without_local_paths(folder)
+    {'arguments.yaml': b'dataset: birds\\nseed: 3\\n'}
+    """
+    names = (LAYOUT.recipe, LAYOUT.arguments, LAYOUT.mistakes, LAYOUT.report)
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
+    found: dict[str, str] = {}
+    public = {}
+    try:
+        if LAYOUT.recipe in texts:
+            arguments = strip_local_paths(yaml.safe_load(texts[LAYOUT.recipe]), found)
+            public[LAYOUT.recipe] = yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True)
+        if LAYOUT.arguments in texts:
+            record = strip_local_paths(json.loads(texts[LAYOUT.arguments]), found)
+            public[LAYOUT.arguments] = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"The arguments of the run in {folder} can't be read: {error}") from error
+    root = _root_of_images(texts.get(LAYOUT.mistakes, ""))
+    if root:
+        found[root] = ""
+    if not found:
+        return {}
+    for name in (LAYOUT.mistakes, LAYOUT.report):
+        if name in texts:
+            public[name] = _replace_all(texts[name], found)
+    return {name: text.encode() for name, text in public.items() if text != texts[name]}
+
+
+def config_without_local_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """A model's config in which `_name_or_path`, at any depth, is no local path; class names stay as they are.
+
+    Example:
+
+    >>> from ballad_hf.hub.push import config_without_local_paths
+    >>> config_without_local_paths({"clip_config": {"_name_or_path": "/home/me/clip"}, "id2label": {"0": "/m/01"}})
+    {'clip_config': {'_name_or_path': 'clip'}, 'id2label': {'0': '/m/01'}}
+    """
+    public = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            value = config_without_local_paths(value)
+        public[name] = strip_local_paths(value, {}) if name == "_name_or_path" else value
+    return public
+
+
+def _root_of_images(table: str) -> str:
+    """The part of the image paths in `mistakes.csv` that says where on this disk they are, or nothing."""
+    files = [row["file"] or "" for row in csv.DictReader(io.StringIO(table)) if "file" in row]
+    folders = [os.path.dirname(file.removeprefix("'")) for file in files if is_local_path(file.removeprefix("'"))]
+    if not folders:
+        return ""
+    try:
+        root = os.path.dirname(os.path.commonpath(folders))
+    except ValueError:  # absolute and relative paths, or several drives
+        return ""
+    return root + os.sep if len(root) > 1 else ""
+
+
+def _replace_all(text: str, found: Mapping[str, str]) -> str:
+    for path in sorted(found, key=len, reverse=True):  # one path may start with another
+        if len(path) > 2:  # such as "/", which is everywhere in a page
+            text = text.replace(path, found[path]).replace(html.escape(path), html.escape(found[path]))
+    return text
+
+
+def _hold(folder: Path) -> StagingFolder:
+    """A copy of a folder beside it, made of hard links where the disk has them. Symbolic links are left out."""
+    held = StagingFolder(folder.parent, HELD_CHECKPOINTS)
 
     def link(source: str, target: str) -> str:
         try:
@@ -235,23 +351,27 @@ def _hold(folder: Path) -> Path:
             shutil.copy2(source, target)
         return target
 
-    shutil.copytree(folder, kept, copy_function=link, dirs_exist_ok=True)
-    return kept
+    def links(directory: str, names: list[str]) -> set[str]:
+        return {name for name in names if os.path.islink(os.path.join(directory, name))}
+
+    shutil.copytree(folder, held.path, copy_function=link, ignore=links, dirs_exist_ok=True)
+    return held
 
 
-def _operations(folder: Path, there: set[str], with_code: bool) -> list[CommitOperationAdd | CommitOperationDelete]:
-    files: dict[str, Path] = {str(file.relative_to(folder).as_posix()): file for file in LAYOUT.files(folder)}
-    files.pop(LAYOUT.card, None)
-    config = config_without_private_paths(json.loads(files.pop(LAYOUT.config).read_text(encoding="utf-8")))
+def _operations(
+    folder: Path, files: dict[str, Path], existing: set[str], with_code: bool
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    files = dict(files)
+    config = config_without_local_paths(json.loads(files.pop(LAYOUT.config).read_text(encoding="utf-8")))
     config.pop("auto_map", None)
     code = code_files()
     if with_code:
         config = config_with_code(config)
         files.update({file.name: file for file in code})
-    public = without_private_paths(folder)
+    public = without_local_paths(folder)
     content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    stale = {name for name in there if any(Path(name).match(pattern) for pattern in LAYOUT.weight_patterns)}
-    stale |= there & {file.name for file in code}
+    stale = {name for name in existing if any(Path(name).match(pattern) for pattern in LAYOUT.weight_patterns)}
+    stale |= existing & {file.name for file in code}
     stale = {name for name in stale if "/" not in name} - set(files)
     return [
         *(CommitOperationAdd(name, public.get(name, file)) for name, file in sorted(files.items())),
@@ -261,17 +381,28 @@ def _operations(folder: Path, there: set[str], with_code: bool) -> list[CommitOp
 
 
 @contextmanager
+def _time_limit() -> Iterator[None]:
+    """Let the requests to the Hub time out: its client has no limit of its own."""
+    session = get_session()
+    before, session.timeout = session.timeout, HUB_TIMEOUT
+    try:
+        yield
+    finally:
+        session.timeout = before
+
+
+@contextmanager
 def _explained(
     folder: Path, repo_id: str, private: bool | None, with_code: bool, revision: str | None
 ) -> Iterator[None]:
     words = ["python", "-m", "ballad_hf.hub.push", str(folder), repo_id]
     words += ["--private"] * bool(private) + ["--with_code"] * with_code
     words += [] if revision is None else ["--revision", revision]
-    later = f"Everything is in {folder}; to push it later:\n    {shlex.join(words)}"
+    later = f"The model is complete in {folder}; to push it later:\n    {shlex.join(words)}"
     try:
         yield
     except KeyboardInterrupt:
-        logger.warning(f"The push to {repo_id} was stopped. {later}")
+        logger.warning(f"The push to {repo_id} was interrupted. {later}")
         raise
     except PushError as error:
         raise PushError(f"{error} {later}") from error
@@ -279,43 +410,58 @@ def _explained(
         raise PushError(f"The push to {repo_id} failed: {_reason(error)} {later}") from error
 
 
-def _reason(error: Exception) -> str:
-    """What went wrong in words that name the remedy, and what the Hub said."""
-    said = str(error).strip().splitlines()
-    detail = f" ({said[-1].strip()})" if said else ""
+def _reason(error: BaseException) -> str:
+    """What went wrong and what to do, with what the Hub answered."""
+    cause = _http_error(error)
+    lines = str(cause or error).strip().splitlines()
+    detail = f" ({lines[-1].strip()})" if lines else ""
     if isinstance(error, OfflineModeIsEnabled):
-        return "the Hub's client is told to be offline: unset HF_HUB_OFFLINE."
+        return "the Hub client is in offline mode: unset HF_HUB_OFFLINE."
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token: run `hf auth login`, or set HF_TOKEN."
-    if not isinstance(error, HfHubHTTPError):
-        return f"the Hub was not reached{detail}: look at the network, and at HF_ENDPOINT if you set it."
-    status = error.response.status_code
+    if cause is None:
+        if any("Timeout" in type(link).__name__ for link in _chain(error)):
+            return f"the Hub did not answer within {HUB_TIMEOUT:g} s{detail}: check the network, or try again later."
+        return f"the Hub was not reached{detail}: check the network, and HF_ENDPOINT if it is set."
+    status = cause.response.status_code
     if status == 401:
         return "the Hub does not know the token, or there is none: run `hf auth login`, or set HF_TOKEN."
     if status == 403:
-        return f"the token may not write there{detail}: make one with the right to write, or choose another owner."
+        return f"the token has no write access there{detail}: create one that has, or choose another owner."
     if status == 404:
-        return f"there is no such repository or branch{detail}: look at the name, or make the branch first."
+        return f"there is no such repository or branch{detail}: check the name, or create the branch first."
     if status == 409:
-        return f"somebody else is writing to it{detail}: try again."
+        return f"someone else is writing to it{detail}: try again."
     if status == 429 or status >= 500:
         return f"the Hub is in trouble, status {status}{detail}: try again later."
-    return f"the Hub refused, status {status}{detail}."
+    return f"the Hub refused the request, status {status}{detail}."
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and its causes, from the outermost inwards."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _http_error(error: BaseException) -> Any:
+    """The answer of the Hub behind an error; the client wraps that of an upload in a RuntimeError."""
+    return next((link for link in _chain(error) if getattr(link, "response", None) is not None), None)
 
 
 def main(command_line: Sequence[str] | None = None) -> None:
     """Push from the command line."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="python -m ballad_hf.hub.push", description="Push a bundle to the Hub.")
-    parser.add_argument("folder", help="that save_bundle or the training example wrote")
-    parser.add_argument("repo_id", help="owner/name, or name for one of your own")
-    parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
-    parser.add_argument("--with_code", action="store_true", help="put the model's code there too")
-    parser.add_argument("--revision", help="a branch that exists")
-    given = vars(parser.parse_args(command_line))
+    parser = argparse.ArgumentParser(prog="python -m ballad_hf.hub.push", description="Push a model to the Hub.")
+    parser.add_argument("folder", help="model directory, such as the output folder of a training run")
+    parser.add_argument("repo_id", help="owner/name, or name in your own namespace")
+    parser.add_argument("--private", action="store_true", default=None, help="create a private repository")
+    parser.add_argument("--with_code", action="store_true", help="upload the model's code too")
+    parser.add_argument("--revision", help="an existing branch")
+    options = vars(parser.parse_args(command_line))
     try:
-        repository = push_bundle(given.pop("folder"), given.pop("repo_id"), **given)
+        repository = push_model_directory(options.pop("folder"), options.pop("repo_id"), **options)
     except (OSError, ValueError, PushError) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"Pushed to {repository}")

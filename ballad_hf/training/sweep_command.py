@@ -25,11 +25,10 @@ from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 from ..command_errors import errors_in_one_line
 from ..data.sources import load_splits
 from ..data.transforms import five_crop_transform, train_transform
-from ..evaluation.evaluate import evaluate
+from ..evaluation.evaluate import align_labels, evaluate
 from ..evaluation.frontier import save_frontier
 from ..evaluation.metrics import LongTailMetrics
-from ..evaluation.relabel import relabel
-from ..evaluation.table import metrics_table
+from ..evaluation.summary import metrics_table
 from ..features.extraction import extract_features
 from ..features.table import FeatureTable
 from ..models.conversion import load_ballad
@@ -186,7 +185,7 @@ def _tables(
     if options.five_crop:
         plain = {"transform": five_crop_transform(image_processor), "views": 5}
     names = model.config.class_names
-    train = relabel(splits.train, names)
+    train = align_labels(splits.train, names)
     model.config.class_counts = train.class_counts.tolist()
     augmented: dict[str, Any] = {"image_processor": image_processor}
     if phase_b.views > 1:
@@ -195,7 +194,9 @@ def _tables(
     tables: dict[str, Any] = {"train": extract_features(model, train, **augmented, **common)}
     for part in ("validation", "test"):
         split = getattr(splits, part)
-        tables[part] = None if split is None else extract_features(model, relabel(split, names), **plain, **common)
+        if split is not None:
+            split = align_labels(split, names)
+        tables[part] = None if split is None else extract_features(model, split, **plain, **common)
     return tables
 
 

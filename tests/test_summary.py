@@ -1,13 +1,13 @@
-"""The table that a terminal shows."""
+"""The table of the terminal, the verdict, and what goes into CSV files."""
 
 import pytest
 
 from ballad_hf import LongTailMetrics
-from ballad_hf.evaluation.table import metrics_table
+from ballad_hf.evaluation.summary import metrics_table
 
 
 def _metrics(right):
-    """Two classes of four pictures; so many of the second are right, and all of the first."""
+    """Two classes of four images; so many of the second are right, and all of the first."""
     logits = [[1.0, 0.0]] * 4 + [[0.0, 1.0]] * right + [[1.0, 0.0]] * (4 - right)
     return LongTailMetrics.from_logits(logits, [0] * 4 + [1] * 4, [500, 7])
 
@@ -29,5 +29,5 @@ def test_one_row_has_no_gain():
 
 
 def test_no_row():
-    with pytest.raises(ValueError, match="no row to show"):
+    with pytest.raises(ValueError, match="no results to show"):
         metrics_table({})
