@@ -73,7 +73,7 @@ def test_the_table_scores_as_the_model_does(model, tiny_clip, digits):
     table = extract_features(model, part, image_processor=tiny_clip.image_processor)
     weight, ratio = model.adapter.linear.weight.detach(), model.config.adapter_ratio
     from_table = evaluate(table, adapter=weight, adapter_ratio=ratio)
-    from_model = evaluate(model, part, image_processor=tiny_clip.image_processor, train_counts=table.class_counts)
+    from_model = evaluate(model, part, tiny_clip.image_processor, train_counts=table.class_counts)
     assert from_table.class_accuracy == from_model.class_accuracy
     assert from_table.negative_log_likelihood == pytest.approx(from_model.negative_log_likelihood, rel=1e-4)
 
