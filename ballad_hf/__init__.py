@@ -5,10 +5,18 @@ learn about Ballad when they are first imported.
 """
 
 import importlib
+import sys
 
 from ._registration import register_when_transformers_loads
 from ._version import __version__
 
+
+# pip refuses an older Python; a checkout on the path does not, and would fail somewhere inside.
+if sys.version_info < (3, 11):  # noqa: UP036
+    raise ImportError(
+        f"ballad_hf needs Python 3.11 or newer, and this is {sys.version.split()[0]} ({sys.executable}). "
+        "Use a virtual environment of a newer one: python3.11 -m venv .venv"
+    )
 
 _MODULE_OF = {
     "BalladConfig": "models.configuration_ballad",

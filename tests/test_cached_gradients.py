@@ -13,6 +13,8 @@ from ballad_hf.training.optimization import freeze_the_rest
 from ballad_hf.training.towers import ClassTexts, TrainableTowers, class_embeddings
 
 
+pytestmark = pytest.mark.numeric
+
 NAMES = ["cat", "dog", "owl", "red fox", "zebra", "a very long name of a rare species"]
 COUNTS = [50, 20, 10, 5, 2, 1]
 OWN = {"owl": ["a round face", "wings that make no sound", "owl"], "red fox": ["a bushy tail"]}

@@ -47,6 +47,7 @@ def command(tmp_path):
     return ["--dataset", str(data), "--output_dir", str(tmp_path / "out"), *small, "--losses", "class_prompt"]
 
 
+@pytest.mark.slow
 def test_the_whole_run_interrupted_and_resumed(benchmark, command, tmp_path, monkeypatch):
     """It stops at the cRT head; the same command then does only what is missing."""
     done, compare_heads = [], benchmark.compare_heads

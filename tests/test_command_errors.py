@@ -13,6 +13,8 @@ from ballad_hf.command_errors import errors_in_one_line
 from ballad_hf.data.images import open_picture
 
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -13,6 +13,8 @@ from ballad_hf.evaluation.evaluate import align_labels, predict
 from ballad_hf.models.tiny_clip import build_tiny_clip
 
 
+pytestmark = pytest.mark.numeric
+
 NAMES = ["cat", "dog", "owl", "red fox", "zebra"]
 COUNTS = [500, 120, 50, 19, 3]
 

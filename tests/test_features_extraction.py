@@ -21,6 +21,9 @@ from ballad_hf.features.extraction import view_seeds
 from ballad_hf.models.tiny_clip import build_tiny_clip
 
 
+pytestmark = pytest.mark.numeric
+
+
 @pytest.fixture(scope="module")
 def digits():
     return load_splits("digits")

@@ -14,6 +14,9 @@ from ballad_hf.features.scoring import (
 )
 
 
+pytestmark = pytest.mark.numeric
+
+
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -57,7 +60,7 @@ def test_a_stack_gives_what_each_adapter_gives_alone():
     together = adapted_logits(features, weights, ratios, embeds, scales)
     for index in range(3):
         alone = adapted_logits(features, weights[index], float(ratios[index]), embeds, float(scales[index]))
-        torch.testing.assert_close(together[index], alone)
+        torch.testing.assert_close(together[index], alone, rtol=1e-5, atol=1e-4)  # cosines to 1e-6, times 100
 
 
 def test_fold_is_the_identity_at_ratio_zero_and_the_matrix_at_one():

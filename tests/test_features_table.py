@@ -11,6 +11,8 @@ from ballad_hf import FeatureTable
 from ballad_hf.features import shards as disk
 
 
+pytestmark = pytest.mark.numeric
+
 EMBEDS = torch.eye(3, 4)
 
 
@@ -33,6 +35,12 @@ def test_class_embeddings_are_normalised_and_counts_come_from_the_labels():
     table = FeatureTable(torch.ones(3, 4), [0, 2, 2], 5 * EMBEDS)
     assert torch.equal(table.class_embeds, EMBEDS)
     assert table.class_counts.tolist() == [1, 0, 2]
+
+
+def test_class_embeddings_keep_their_bits_when_a_table_is_made_of_them_again():
+    features, labels = torch.ones(1, 48), [0]
+    first = FeatureTable(features, labels, torch.randn(500, 48, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(FeatureTable(features, labels, first.class_embeds).class_embeds, first.class_embeds)
 
 
 def test_shot_groups_follow_the_training_counts():

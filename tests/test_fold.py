@@ -16,6 +16,9 @@ from .reference import KINDS, TEXT_HEADS, assert_agrees, expected, official_file
 from .test_modeling_clip_resnet import built, tiny_config
 
 
+pytestmark = pytest.mark.numeric
+
+
 def shaken(model: BalladForImageClassification, seed: int = 0) -> BalladForImageClassification:
     """With an adapter that is nothing like the identity."""
     weight = model.adapter.linear.weight

@@ -21,6 +21,9 @@ from ballad_hf.training.heads import (
 )
 
 
+pytestmark = pytest.mark.numeric
+
+
 def blobs(seed=0, rows_of=(150, 30, 6), noise=0.35) -> FeatureTable:
     labels = torch.arange(3).repeat_interleave(torch.tensor(rows_of))
     centres = F.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(4)), dim=1)

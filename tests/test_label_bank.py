@@ -8,6 +8,9 @@ from ballad_hf import BalladForImageClassification
 from ballad_hf.models.label_bank import encode_class_prompts
 
 
+pytestmark = pytest.mark.numeric
+
+
 def features(clip, tokenizer, text: str) -> torch.Tensor:
     with torch.no_grad():
         output = clip.get_text_features(**tokenizer([text], return_tensors="pt"))

@@ -12,6 +12,8 @@ from ballad_hf.data.samplers import PowerSampler
 from ballad_hf.training.losses import CLASSIFICATION_LOSSES, build_classification_loss, contrastive_loss
 
 
+pytestmark = pytest.mark.numeric
+
 COUNTS = [100, 20, 5]
 
 
@@ -43,7 +45,7 @@ def test_contrastive_equals_the_sum_over_all_pairs(labels, seed):
     texts = F.normalize(torch.randn(5, 8, generator=generator), dim=-1)
     present = labels.unique()
     ours = contrastive_loss(7.0 * images @ texts[present].T, labels, present)
-    assert ours.item() == pytest.approx(naive_contrastive(images, texts[labels], labels, 7.0), rel=1e-5, abs=1e-6)
+    assert ours.item() == pytest.approx(naive_contrastive(images, texts[labels], labels, 7.0), rel=1e-5, abs=1e-5)
 
 
 def test_contrastive_does_not_push_images_of_one_class_apart():
@@ -51,15 +53,15 @@ def test_contrastive_does_not_push_images_of_one_class_apart():
     similarity = torch.full((4, 1), 2.0, requires_grad=True)
     loss = contrastive_loss(similarity, torch.zeros(4, dtype=torch.long), torch.tensor([0]))
     loss.backward()
-    assert loss.item() == pytest.approx(math.log(4), abs=1e-6)
-    assert similarity.grad.abs().max() < 1e-7
+    assert loss.item() == pytest.approx(math.log(4), abs=1e-5)
+    assert similarity.grad.abs().max() < 1e-6
 
 
 def test_contrastive_is_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = contrastive_loss(torch.zeros(2, 2, dtype=torch.bfloat16), torch.tensor([0, 1]), torch.tensor([0, 1]))
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_cross_entropy_with_smoothing_is_torchs():
@@ -72,29 +74,29 @@ def test_focal_by_hand():
     # p = 1/4 for the right class: -(3/4)^2 ln(1/4).
     logits = torch.log(torch.tensor([[0.25, 0.5, 0.25]]))
     loss = build_classification_loss("focal", focal_gamma=2.0)(logits, torch.tensor([0]))
-    assert loss.item() == pytest.approx(0.5625 * math.log(4), rel=1e-6)
+    assert loss.item() == pytest.approx(0.5625 * math.log(4), rel=1e-5)
 
 
 def test_ldam_by_hand():
     # Counts 16 and 1: n^(-1/4) is 1/2 and 1, so margins of 0.25 and 0.5 on the cosine, 2.5 and 5 on the logits.
     loss = build_classification_loss("ldam", [16, 1], ldam_max_margin=0.5, ldam_scale=10.0)
     head, tail = loss(torch.zeros(2, 2), torch.tensor([0, 1]), reduction="none").tolist()
-    assert head == pytest.approx(math.log(1 + math.exp(2.5)), rel=1e-6)
-    assert tail == pytest.approx(math.log(1 + math.exp(5)), rel=1e-6)
+    assert head == pytest.approx(math.log(1 + math.exp(2.5)), rel=1e-5)
+    assert tail == pytest.approx(math.log(1 + math.exp(5)), rel=1e-5)
 
 
 def test_class_balanced_by_hand():
     # beta 1/2, counts 1 and 2: weights 1 and 2/3. Their mean over the draws is 1/3 * 1 + 2/3 * 2/3 = 7/9.
     loss = build_classification_loss("class_balanced", [1, 2], class_balanced_beta=0.5)
     losses = loss(torch.zeros(2, 2), torch.tensor([0, 1]), reduction="none")
-    assert losses.tolist() == pytest.approx([9 / 7 * math.log(2), 6 / 7 * math.log(2)], rel=1e-6)
+    assert losses.tolist() == pytest.approx([9 / 7 * math.log(2), 6 / 7 * math.log(2)], rel=1e-5)
 
 
 def test_generalized_reweight_by_hand():
     # Counts 1 and 4 with exponent 1/2: sqrt(5) and sqrt(5)/2. Their mean over the draws is 3/5 sqrt(5).
     loss = build_classification_loss("generalized_reweight", [1, 4], reweight_exponent=0.5)
     losses = loss(torch.zeros(2, 2), torch.tensor([0, 1]), reduction="none")
-    assert losses.tolist() == pytest.approx([5 / 3 * math.log(2), 5 / 6 * math.log(2)], rel=1e-6)
+    assert losses.tolist() == pytest.approx([5 / 3 * math.log(2), 5 / 6 * math.log(2)], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["class_balanced", "generalized_reweight"])
@@ -103,7 +105,7 @@ def test_weights_have_a_mean_of_one_over_what_the_sampler_draws(name, distributi
     loss = build_classification_loss(name, COUNTS, class_distribution=distribution)
     weights = loss(torch.zeros(3, 3), torch.arange(3), reduction="none") / math.log(3)  # flat logits
     shares = torch.tensor(COUNTS if distribution is None else distribution, dtype=torch.float32)
-    assert (weights @ (shares / shares.sum())).item() == pytest.approx(1, rel=1e-6)
+    assert (weights @ (shares / shares.sum())).item() == pytest.approx(1, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["class_balanced", "generalized_reweight", "balanced_softmax", "logit_adjustment"])
@@ -119,7 +121,7 @@ def test_adjustment_after_root_sampling_is_by_the_roots():
     for name in ("balanced_softmax", "logit_adjustment"):
         loss = build_classification_loss(name, [16, 1], class_distribution=distribution)
         losses = loss(torch.zeros(2, 2), torch.tensor([0, 1]), reduction="none").tolist()
-        assert losses == pytest.approx([-math.log(0.8), -math.log(0.2)], rel=1e-6)
+        assert losses == pytest.approx([-math.log(0.8), -math.log(0.2)], rel=1e-5)
 
 
 def test_margins_follow_the_training_images_whatever_is_drawn():

@@ -13,6 +13,9 @@ from ballad_hf import LongTailMetrics
 from ballad_hf.evaluation.metrics import calibration_bins, calibration_error
 
 
+pytestmark = pytest.mark.numeric
+
+
 def _logits_for(predicted, classes):
     """Logits whose highest entry is the wanted class."""
     return torch.nn.functional.one_hot(torch.tensor(predicted), classes).float() * 3
@@ -43,7 +46,7 @@ def test_every_figure_of_a_table_worked_out_by_hand():
     # One logit of 3 and four of 0: the highest class has probability e^3 / (e^3 + 4), any other 1 / (e^3 + 4).
     total = np.exp(3) + 4
     likelihood = (6 * np.log(total / np.exp(3)) + 3 * np.log(total)) / 9
-    assert metrics.negative_log_likelihood == pytest.approx(likelihood, rel=1e-6)
+    assert metrics.negative_log_likelihood == pytest.approx(likelihood, rel=1e-5)
     # All confidences are equal, so one bin holds everything.
     confidence = np.exp(3) / total
     assert metrics.expected_calibration_error == pytest.approx(confidence - 6 / 9, rel=1e-5)
@@ -126,7 +129,8 @@ def test_agrees_with_scikit_learn(seed, classes, images):
     order = rng.permutation(images)
     again = LongTailMetrics.from_logits(logits[order], labels[order], metrics.train_counts)
     for name in ("overall", "mean_class", "worst_class", "few", "macro_f1", "expected_calibration_error"):
-        assert getattr(again, name) == pytest.approx(getattr(metrics, name))
+        value = getattr(metrics, name)
+        assert getattr(again, name) == (None if value is None else pytest.approx(value, rel=1e-5))
 
 
 def test_survives_json():

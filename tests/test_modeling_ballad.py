@@ -21,6 +21,9 @@ from ballad_hf.models.modeling_ballad import BalladModel, LinearAdapter
 from .conftest import CLASS_NAMES
 
 
+pytestmark = pytest.mark.numeric
+
+
 @pytest.fixture
 def pixels():
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -80,7 +83,7 @@ def test_autocast_keeps_the_similarity_in_float32(tiny_ballad, pixels):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         output = tiny_ballad(pixels)
     exact = tiny_ballad.logit_scale * output.image_embeds @ output.text_embeds.T
-    torch.testing.assert_close(output.logits, exact.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output.logits, exact.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_fixed_scale_replaces_the_learnt_one(tiny_ballad, pixels):
@@ -106,7 +109,8 @@ def test_save_and_load_are_bitwise_exact(tiny_ballad, tmp_path, dtype):
 def test_loading_again_predicts_the_same(tiny_ballad, tmp_path, pixels):
     tiny_ballad.save_pretrained(tmp_path)
     again = BalladForImageClassification.from_pretrained(tmp_path)
-    assert torch.equal(again(pixels).logits, tiny_ballad(pixels).logits)
+    # The weights have the same bits, but other addresses: a kernel may sum from another place on.
+    torch.testing.assert_close(again(pixels).logits, tiny_ballad(pixels).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_the_identity_start_is_the_clip_model(tiny_clip, pixels):

@@ -24,6 +24,9 @@ from .conftest import CLASS_NAMES
 from .reference import TEXT_HEADS, assert_is_the_original, expected, openai_file
 
 
+pytestmark = pytest.mark.numeric
+
+
 @pytest.fixture
 def resnet() -> CLIPResNetModel:
     return load_openai_clip(openai_file("resnet"), text_attention_heads=TEXT_HEADS)
@@ -168,7 +171,7 @@ def test_it_is_a_backbone_of_ballad(tiny_clip, tmp_path):
     model.save_pretrained(tmp_path)
     again = BalladForImageClassification.from_pretrained(tmp_path)
     assert type(again.clip) is CLIPResNetModel
-    torch.testing.assert_close(again(pixel_values).logits, model(pixel_values).logits)
+    torch.testing.assert_close(again(pixel_values).logits, model(pixel_values).logits, rtol=1e-5, atol=1e-5)
     model.train()
     model(pixel_values, labels=torch.tensor([0, 1])).loss.backward()
     assert model.clip.vision_model.stem.conv1.weight.grad.abs().sum() > 0

@@ -15,6 +15,8 @@ from ballad_hf.models.open_clip_layout import config_from_open_clip, image_proce
 from .reference import KINDS, assert_is_the_original, openai_state
 
 
+pytestmark = pytest.mark.numeric
+
 NUMBERS = ("input_resolution", "context_length", "vocab_size")
 TEXT = {"context_length": 77, "vocab_size": 300, "width": 64, "heads": 2, "layers": 2}
 MODEL_CFG = {

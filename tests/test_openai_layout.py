@@ -10,6 +10,9 @@ from ballad_hf.models.openai_layout import infer_config, model_from_state, strip
 from .reference import KINDS, TEXT_HEADS, assert_is_the_original, openai_state
 
 
+pytestmark = pytest.mark.numeric
+
+
 def build(state, source="weights.pt", **kwargs):
     return model_from_state(state, infer_config(state, TEXT_HEADS), source, **kwargs)
 

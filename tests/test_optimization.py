@@ -19,6 +19,9 @@ from ballad_hf.training.optimization import (
 )
 
 
+pytestmark = pytest.mark.numeric
+
+
 @pytest.fixture
 def clip():
     return build_tiny_clip(width=32, layers=3, projection_dim=16, patch_size=16).clip

@@ -1,5 +1,7 @@
 """The package as an installer and an importer see it."""
 
+import importlib
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -24,6 +26,7 @@ def test_importing_the_package_imports_neither_torch_nor_transformers():
     assert loaded == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first", ["import ballad_hf", "from transformers import AutoConfig; import ballad_hf", "import ballad_hf.models"]
 )
@@ -48,6 +51,14 @@ def test_every_public_name_loads():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'Balad'"):
         ballad_hf.Balad  # noqa: B018
+
+
+def test_an_older_python_is_told_which_it_needs(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    with pytest.raises(ImportError, match="needs Python 3.11 or newer.*python3.11 -m venv"):
+        importlib.reload(ballad_hf)
+    with pytest.raises(SystemExit, match="needs Python 3.11 or newer.*python3.11 -m venv"):
+        runpy.run_path(str(ROOT / "setup.py"))
 
 
 def test_the_wheel_holds_every_file_of_the_package(tmp_path):

@@ -29,6 +29,8 @@ from ballad_hf.training.phase_a_state import PhaseAResult
 from ballad_hf.training.validation import FIGURES, Validator, encode_classes
 
 
+pytestmark = pytest.mark.numeric
+
 NAMES = ["red", "green", "blue"]
 COUNTS = [20, 8, 4]
 
@@ -311,7 +313,7 @@ def test_activation_checkpointing_changes_nothing_but_the_memory(splits, encoder
     for checkpointing in (False, True):
         encoder.clip.load_state_dict(start)
         model = BalladForImageClassification.from_dual_encoder(encoder.clip, NAMES, encoder.tokenizer)
-        trained(model, splits, encoder, arguments(activation_checkpointing=checkpointing))
+        trained(model, splits, encoder, arguments(optimizer="sgd", activation_checkpointing=checkpointing))
         found.append(copy_of(model.clip))
         assert not any(getattr(module, "gradient_checkpointing", False) for module in model.clip.modules())
     for name, value in found[0].items():
@@ -338,7 +340,7 @@ def test_compiled_towers_train_alike_and_are_plain_afterwards(splits, encoder, m
         assert bool(graphs) == torch_compile
         weights.append(copy_of(model))
     for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-5, msg=name)
     graphs.clear()
     torch.compiler.reset()  # a tower that is still compiled would be captured again
     encoder.clip.get_text_features(**encoder.tokenizer("red", return_tensors="pt"))

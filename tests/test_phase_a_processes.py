@@ -20,6 +20,8 @@ from ballad_hf.training.arguments import PhaseAArguments
 from ballad_hf.training.phase_a_loop import PhaseALoop
 
 
+pytestmark = pytest.mark.numeric
+
 NAMES = ["red", "green", "blue"]
 
 
@@ -105,8 +107,10 @@ def test_gradients_are_those_of_one_process(tmp_path, options, micro_batch_size)
     start = read(tmp_path / "start")["weights"]
     gradients = {n: flat(weights) - flat(start) for n, weights in moved.items()}
     assert gradients[1].norm() > 1e-3
+    # A gradient is a difference of weights here: right to the rounding of the largest weight, and to that of its sums.
+    rounding = torch.finfo(torch.float32).eps * flat(start).abs().max() + 1e-5 * gradients[1].abs().max()
     for processes in moved:
-        assert (gradients[processes] - gradients[1]).abs().max() <= 1e-6
+        assert (gradients[processes] - gradients[1]).abs().max() <= 4 * rounding
 
 
 def flat(weights):

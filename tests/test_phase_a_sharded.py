@@ -15,6 +15,9 @@ from ballad_hf.training.phase_a_loop import PhaseALoop
 from .test_phase_a_processes import flat, launch, read, run
 
 
+pytestmark = pytest.mark.numeric
+
+
 @pytest.fixture(autouse=True)
 def _the_last_is_the_best(monkeypatch):
     """Pictures of noise teach nothing, and the start would be kept: what is compared must have been trained."""
@@ -83,10 +86,13 @@ def test_shards_train_to_the_weights_of_one_process(tmp_path, options):
         known = {name: value for name, value in mine.items() if value is not None}
         assert {name: theirs[name] for name in known} == pytest.approx(known, rel=1e-4)
     assert two["weights"]["clip.logit_scale"].shape == ()  # as it was before
+    # SGD passes the rounding of a gradient on as it is, AdamW enlarges it where the gradient is almost zero.
+    tolerance = 1e-4 if options.get("optimizer") == "adamw" else 1e-5
     for name, value in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], value, rtol=0, atol=2e-6, msg=name)
+        torch.testing.assert_close(two["weights"][name], value, rtol=1e-5, atol=tolerance, msg=name)
 
 
+@pytest.mark.slow
 def test_sharded_and_resumed_is_bit_for_bit_what_never_stopped(tmp_path):
     options = {"optimizer": "adamw", "ema_decay": 0.9, "checkpoint_every_steps": 3}
     debug_launcher(run_sharded, args=(None, tmp_path / "whole", dict(options)), num_processes=2)

@@ -19,6 +19,8 @@ from ballad_hf.training.losses import NonFiniteLossError
 from ballad_hf.training.phase_b import TableBatches, _occurrence, adapter_start, to_device_if_fits
 
 
+pytestmark = pytest.mark.numeric
+
 COUNTS = (60, 30, 12, 6, 4)
 
 
@@ -79,7 +81,7 @@ def test_steps_are_those_of_the_official_update(tiny_ballad, start, rate):
     result = train_phase_b(model, table, arguments, seed=5)
     assert result.steps == steps == 4 * (112 // 16)
     assert (weight_of(model) - first).abs().max() > 1e-2  # there was something to compare
-    torch.testing.assert_close(weight_of(model), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(weight_of(model), expected, rtol=0, atol=1e-4)  # 28 steps, each to about 1e-6
 
 
 def test_cached_features_give_the_adapter_that_training_through_the_towers_gives(tiny_clip, tiny_ballad):
@@ -113,7 +115,7 @@ def test_cached_features_give_the_adapter_that_training_through_the_towers_gives
             optimizer.step()
             step += 1
     assert step == steps
-    torch.testing.assert_close(weight_of(through_table), weight_of(model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(weight_of(through_table), weight_of(model), rtol=0, atol=1e-4)
 
 
 def test_it_learns_what_the_towers_got_wrong(tiny_ballad):

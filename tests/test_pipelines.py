@@ -16,6 +16,8 @@ from ballad_hf.hub.model_directory import save_model_directory
 from ballad_hf.inference import TASK, CachedZeroShotImageClassificationPipeline
 
 
+pytestmark = pytest.mark.numeric
+
 LABELS = ["a cat", "a dog", "a red bus", "an owl"]
 
 
@@ -143,9 +145,9 @@ def test_stored_classes_need_no_text_tower(classify, text_calls):
         pixel_values = classify.image_processor(picture(), return_tensors="pt").pixel_values
         expected = classify.model(pixel_values).logits[0].softmax(-1).tolist()
     names = classify.model.config.class_names
-    assert by_label(classify(picture())) == pytest.approx(dict(zip(names, expected, strict=True)), abs=1e-6)
+    assert by_label(classify(picture())) == pytest.approx(dict(zip(names, expected, strict=True)), abs=1e-5)
     classify.model.remove_text_tower()
-    assert by_label(classify(picture())) == pytest.approx(dict(zip(names, expected, strict=True)), abs=1e-6)
+    assert by_label(classify(picture())) == pytest.approx(dict(zip(names, expected, strict=True)), abs=1e-5)
     assert calls == []
     with pytest.raises(ValueError, match="without its text tower"):
         classify(picture(), candidate_labels=LABELS)
@@ -200,7 +202,7 @@ def test_an_unreadable_picture_is_named_and_the_others_go_on(classify, tmp_path)
     for batch_size in (1, 4):
         rows = classify(inputs, candidate_labels=LABELS, on_unreadable="skip", batch_size=batch_size)
         assert [len(row) for row in rows] == [4, 0, 0, 4]
-        assert by_label(rows[0]) == pytest.approx(by_label(rows[3]), abs=1e-6)
+        assert by_label(rows[0]) == pytest.approx(by_label(rows[3]), abs=1e-5)
     with pytest.raises(ValueError, match=r"bad\.png can't be read"):
         classify(inputs, candidate_labels=LABELS)
     with pytest.raises(ValueError, match=r"missing\.png can't be read: there is no such file"):

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from ballad_hf.models.prior import estimate_prior, prior_shift, resolve_prior
 
 
+pytestmark = pytest.mark.numeric
+
+
 def test_names_and_powers_of_the_counts():
     assert resolve_prior("uniform", 4, None).tolist() == [0.25] * 4
     # 16, 4 and an empty class, which counts as one picture: 21 in all.

@@ -9,6 +9,8 @@ from ballad_hf.data.prompts import ClassPrompts
 from ballad_hf.models.tiny_clip import build_tiny_clip
 
 
+pytestmark = pytest.mark.numeric
+
 NAMES = ["cat", "Siberian husky", "owl", "a very long name of a red fox"]
 TEMPLATES = ["a photo of a {}.", "{}"]
 OWN = {"owl": ["a round face", "wings that make no sound", "an owl"], "cat": ["whiskers"]}
@@ -38,7 +40,7 @@ def test_features_equal_those_of_prompts_padded_to_77(encoder, described, classe
     with torch.no_grad():
         expected = encoder.clip.get_text_features(**naive).pooler_output
         ours = encoder.clip.get_text_features(**described.batch(classes)).pooler_output
-    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_is_as_long_as_its_longest_prompt(encoder, prompts):

@@ -172,6 +172,7 @@ print(json.dumps(answers))
 """
 
 
+@pytest.mark.slow
 def test_what_was_pushed_with_its_code_answers_the_same_where_ballad_can_not_be_imported(
     hub, client, saved, tiny_ballad, tiny_clip, tmp_path
 ):

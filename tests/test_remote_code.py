@@ -73,6 +73,7 @@ def scores(rows: list[dict]) -> dict[str, float]:
     return {row["label"]: pytest.approx(row["score"], abs=1e-5) for row in rows}
 
 
+@pytest.mark.slow
 def test_what_is_folded_and_what_brings_its_code_serves_where_ballad_cannot_be_imported(
     tiny_ballad, tiny_clip, tmp_path, monkeypatch
 ):

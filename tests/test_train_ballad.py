@@ -19,6 +19,8 @@ from tests.conftest import example_module
 from tests.hub_server import GOOD_TOKEN, HubServer
 
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 QUICK = ["--phase_a_epochs", "1", "--phase_b_epochs", "1", "--phase_b_views", "1"]
 

@@ -21,6 +21,9 @@ from ballad_hf.data.transforms import (
 from ballad_hf.features.fingerprints import preprocessing_fingerprint
 
 
+pytestmark = pytest.mark.numeric
+
+
 def processor(**options):
     return CLIPImageProcessorPil(
         **{"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, **options}

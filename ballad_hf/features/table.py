@@ -298,7 +298,9 @@ def _checked_class_embeds(class_embeds: torch.Tensor, dim: int) -> torch.Tensor:
             f"The embeddings of classes {bad[:10]} are zero or not finite: "
             "call model.set_class_names(names, tokenizer)."
         )
-    return F.normalize(embeds, dim=1)  # (classes, dim)
+    # Normalising again may change the last bit: rows of length 1 stay, so that a table read back is the one written.
+    is_unit = (lengths - 1).abs() < 1e-6  # (classes,)
+    return torch.where(is_unit[:, None], embeds, F.normalize(embeds, dim=1))  # (classes, dim)
 
 
 def _checked_counts(class_counts, labels: torch.Tensor, classes: int) -> torch.Tensor:
