@@ -1,4 +1,4 @@
-"""A page to try a model in the browser: its top classes, classes that you type, and the prior dial.
+"""A page to try a model in the browser: its top classes, classes that you type, and the prior correction.
 
 pip install 'ballad_hf[app]'
 python examples/app.py outputs/digits

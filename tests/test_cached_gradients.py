@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from ballad_hf.data.prompts import ClassPrompts
-from ballad_hf.models.label_bank import encode_class_prompts
+from ballad_hf.models.class_embeddings import encode_class_prompts
 from ballad_hf.training.cached_gradients import Objective, StepGradients
 from ballad_hf.training.losses import build_classification_loss
 from ballad_hf.training.optimization import freeze_the_rest

@@ -102,7 +102,7 @@ def test_unreadable_pictures_are_listed_and_tried_again(example, bundle, picture
     assert [Path(row["file"]).name for row in csv.DictReader(output.open(newline=""))][-1] == "a.png"
 
 
-def test_labels_of_ones_own_and_the_prior_dial(example, bundle, pictures, tmp_path):
+def test_own_labels_and_the_prior_correction(example, bundle, pictures, tmp_path):
     typed = tmp_path / "typed.jsonl"
     labels = ["a cat", "a bus"]
     pattern = str(pictures / "**" / "*.png")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 from ballad_hf import (
@@ -271,6 +271,16 @@ def test_what_is_no_whole_ballad_is_refused(convert, bundle, clip_folder, tmp_pa
     with pytest.raises(ValueError, match="bundle are no safetensors file, or truncated"):
         convert(bundle, tmp_path / "out")
     assert_nothing_was_written(tmp_path, but=["bundle", "empty", "tiny-clip"])
+
+
+@pytest.mark.parametrize("convert", [convert_to_clip, convert_to_vision_only])
+def test_weights_that_are_not_finite_are_not_converted(convert, bundle, tmp_path):
+    state = load_file(bundle / "model.safetensors")
+    state["adapter.linear.weight"][3, 3] = torch.inf
+    save_file(state, bundle / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="NaN or infinite values, such as (adapter.linear|visual_projection).weight"):
+        convert(bundle, tmp_path / "out")
+    assert_nothing_was_written(tmp_path, but=["bundle"])
 
 
 def test_a_ballad_without_classes_keeps_its_text_tower(tiny_clip, tmp_path):

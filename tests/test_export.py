@@ -12,7 +12,7 @@ from PIL import Image
 
 from ballad_hf.hub.model_directory import save_model_directory
 from ballad_hf.inference.export import export_onnx, export_program
-from ballad_hf.models.label_bank import tokenize_prompts
+from ballad_hf.models.class_embeddings import tokenize_prompts
 
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -26,7 +26,7 @@ def pixels(pictures: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def exported(_tiny_clip, tmp_path_factory):
-    """A model with the prior dial on, and the folder of its ONNX files."""
+    """A model with the prior correction on, and the folder of its ONNX files."""
     import copy
 
     from ballad_hf import BalladForImageClassification

@@ -322,7 +322,7 @@ def test_bad_requests_are_refused(model, tiny_clip, few, tmp_path):
         extract_features(model, few, transform=lambda picture, rng: torch.zeros(3, 32, 32), cache_dir=tmp_path)
     with pytest.raises(ValueError, match="num_workers is -1"):
         extract_features(model, few, image_processor=processor, num_workers=-1)
-    model.config.label_bank_fingerprint = None
+    model.config.class_embeds_digest = None
     with pytest.raises(ValueError, match="no class embeddings yet"):
         extract_features(model, few, image_processor=processor)
 

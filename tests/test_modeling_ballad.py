@@ -130,7 +130,7 @@ def test_the_random_start_is_torchs_default_for_a_linear_layer(tiny_clip):
     assert not torch.equal(weight, torch.eye(16))
 
 
-def test_from_clip_reads_a_checkpoint_and_builds_the_bank(clip_folder, tiny_clip, pixels, caplog):
+def test_from_clip_reads_a_checkpoint_and_encodes_the_classes(clip_folder, tiny_clip, pixels, caplog):
     with caplog.at_level(logging.WARNING):
         model = BalladForImageClassification.from_clip(clip_folder, class_names=["cat", "dog"], adapter_ratio=0.5)
     assert model.config.adapter_ratio == 0.5
@@ -155,13 +155,13 @@ def test_gradients_reach_only_what_is_trained(tiny_ballad, pixels):
     assert with_gradient == {"adapter.linear.weight"}
 
 
-def test_renaming_classes_behind_the_banks_back_is_an_error(tiny_ballad, pixels, tmp_path):
+def test_renaming_classes_in_the_config_is_an_error(tiny_ballad, pixels, tmp_path):
     tiny_ballad.config.id2label[0] = "lynx"
-    with pytest.raises(ValueError, match="call model.set_class_names"):
+    with pytest.raises(ValueError, match="model.set_class_names"):
         tiny_ballad(pixels)
     tiny_ballad.save_pretrained(tmp_path)
     again = BalladForImageClassification.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="call model.set_class_names"):
+    with pytest.raises(ValueError, match="model.set_class_names"):
         again(pixels)
 
 
@@ -328,3 +328,15 @@ def test_weights_that_are_missing_from_a_saved_model_are_named(tiny_ballad, tmp_
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"lacks weights of a BALLAD model: {name}.*download or save it again"):
         BalladForImageClassification.from_pretrained(tmp_path)
+
+
+def test_logits_that_are_not_finite_stop_inference(tiny_ballad, pixels):
+    pixels[2] = torch.nan
+    with pytest.raises(ValueError, match=r"images \[2\] of this batch are not finite"):
+        tiny_ballad(pixels)
+    with torch.no_grad():
+        tiny_ballad.adapter.linear.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"images \[0, 1, 2, 3\].*weights hold NaN"):
+        tiny_ballad(pixels)
+    # A training step reports its own loss, and knows what to do about it.
+    assert not torch.isfinite(tiny_ballad.train()(pixels, labels=torch.zeros(4, dtype=torch.long)).loss)

@@ -2,6 +2,8 @@
 
 import base64
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -160,7 +162,7 @@ def test_several_templates_are_averaged(classify):
     torch.testing.assert_close(classify.text_embeds(LABELS, templates), expected)
 
 
-def test_the_prior_dial_moves_odds_by_the_weights(classify):
+def test_the_prior_correction_multiplies_odds_by_the_weights(classify):
     even = by_label(classify(picture()))
     names = classify.model.config.class_names
     tilted = by_label(classify(picture(), target_prior=[6, 1, 1, 1, 1]))
@@ -173,6 +175,34 @@ def test_the_prior_dial_moves_odds_by_the_weights(classify):
         classify(picture(), target_prior=[1, 2, 3], **typed)
 
 
+def test_threads_with_labels_of_their_own_get_the_scores_of_those(classify):
+    labels = {seed: [f"thing {seed}", f"other {seed}", *LABELS[: seed % 3]] for seed in range(8)}
+    expected = {seed: by_label(classify(picture(), candidate_labels=own)) for seed, own in labels.items()}
+    classify.clear_cache()
+
+    def ask(seed: int) -> bool:
+        return all(
+            by_label(classify(picture(), candidate_labels=labels[seed])) == pytest.approx(expected[seed], abs=1e-5)
+            for _ in range(3)
+        )
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(ask, [*labels] * 2))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_weights_that_are_not_finite_stop_the_pipeline(classify):
+    with torch.no_grad():
+        classify.model.adapter.linear.weight.fill_(torch.nan)
+    for given in ({}, {"candidate_labels": LABELS}):
+        with pytest.raises(ValueError, match="not finite: the weights hold NaN"):
+            classify(picture(), **given)
+
+
 def test_top_k_and_order(classify):
     rows = classify(picture(), candidate_labels=LABELS, top_k=2)
     every = classify(picture(), candidate_labels=LABELS)
@@ -181,7 +211,7 @@ def test_top_k_and_order(classify):
     assert sum(row["score"] for row in every) == pytest.approx(1, abs=1e-5)
 
 
-def test_a_label_that_is_too_long_is_cut_with_a_warning(classify, caplog):
+def test_a_label_that_is_too_long_is_truncated_with_a_warning(classify, caplog):
     from transformers.utils import logging
 
     long = "cat " * 200
@@ -191,7 +221,7 @@ def test_a_label_that_is_too_long_is_cut_with_a_warning(classify, caplog):
     finally:
         logging.disable_propagation()
     assert {row["label"] for row in rows} == {long, "dog"}
-    assert "were cut" in caplog.text
+    assert "were truncated" in caplog.text
 
 
 def test_an_unreadable_picture_is_named_and_the_others_go_on(classify, tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..models.label_bank import check_class_names, check_descriptions, class_prompts, tokenize_prompts
+from ..models.class_embeddings import check_class_names, check_descriptions, class_prompts, tokenize_prompts
 
 
 class ClassPrompts:

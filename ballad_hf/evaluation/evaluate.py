@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..data.splits import check_class_order
 from ..features.scoring import adapted_logits
 from ..features.table import FeatureTable
-from ..models.label_bank import evaluation_mode
+from ..models.class_embeddings import evaluation_mode
 from .metrics import LongTailMetrics
 from .predictions import ArrayLike, Predictions
 

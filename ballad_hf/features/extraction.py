@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..data.keyed_random import mix
 from ..data.splits import check_class_order
-from ..models.label_bank import evaluation_mode
+from ..models.class_embeddings import evaluation_mode
 from . import shards as disk
 from .cache import FeatureCache
 from .fingerprints import digest_of, encoder_fingerprint, preprocessing_fingerprint

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from ..models.label_bank import is_fixed_length, tokenize_prompts
-from ..models.modeling_ballad import BalladForImageClassification
+from ..models.class_embeddings import is_fixed_length, tokenize_prompts
+from ..models.modeling_ballad import BalladForImageClassification, check_finite_weights
 
 
 IMAGE_FILE, TEXT_FILE, CLASSES_FILE = "image_classifier.onnx", "text_encoder.onnx", "classes.json"
@@ -31,7 +31,7 @@ TOLERANCE = 1e-4  # largest difference between torch and the ONNX file, on logit
 
 
 class ImageClassifier(nn.Module):
-    """Pixels to logits over the stored classes, prior dial included: what is exported of the image side."""
+    """Pixels to logits over the stored classes, prior correction included: what is exported of the image side."""
 
     class_embeds: torch.Tensor
     shift: torch.Tensor
@@ -68,7 +68,7 @@ def export_program(
     """The image side as a `torch.export` program: any number of pictures to logits over the stored classes.
 
     Args:
-        model: with class names set. The classes and the prior dial are frozen in as they are now.
+        model: with class names set. The classes and the prior correction are frozen in as they are now.
         file: where to save it, by convention `*.pt2`; `torch.export.load(file).module()` reads it back.
 
     Returns:
@@ -106,8 +106,8 @@ def export_onnx(
     """Write a model as ONNX files, each checked against the model by onnxruntime before it appears.
 
     Args:
-        model: with class names set. The classes and the prior dial are frozen in as they are now; in any dtype, the
-            file computes in float32.
+        model: with class names set. The classes and the prior correction are frozen in as they are now. In
+            any dtype; the file computes in float32.
         folder: made where it does not exist; gets `image_classifier.onnx` (pixel_values -> logits, any batch size),
             `classes.json` with the names in logit order, and `preprocessor_config.json`. What an earlier export left
             there is replaced.
@@ -228,8 +228,9 @@ def _compare(file: Path, inputs: dict[str, torch.Tensor], expected: torch.Tensor
 
 
 def _ready(model: BalladForImageClassification) -> BalladForImageClassification:
-    """A copy on the CPU, in float32 and evaluation mode, after a look at the stored classes."""
+    """A copy on the CPU, in float32 and evaluation mode, of a model whose weights and classes are in order."""
     model.stored_class_embeds()
+    check_finite_weights(model)
     return copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()
 
 

@@ -1,13 +1,14 @@
-"""Zero-shot image classification that encodes a label once, not once a picture.
+"""Zero-shot image classification that encodes each label once, not once an image.
 
-The stock pipeline runs the text tower over every candidate label for every picture, so its time grows with the number
-of labels. This one keeps the text embeddings, and its scores are the stock pipeline's.
+The stock pipeline runs the text tower on every candidate label for every image, so its time grows with the number of
+labels. This one caches the text embeddings, and its scores are those of the stock pipeline.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from transformers.image_utils import load_image
 from transformers.utils import logging
 
 from ..data.images import UnreadablePictureError, open_picture
+from ..models.class_embeddings import check_class_names, encode_class_prompts, text_tower_state
 from ..models.configuration_ballad import check_templates
-from ..models.label_bank import check_class_names, encode_class_prompts, text_weights_state
+from ..models.modeling_ballad import check_finite_logits
 from ..models.prior import prior_shift
 
 
@@ -29,35 +31,39 @@ logger = logging.get_logger(__name__)
 STOCK_TEMPLATE = "This is a photo of {}."
 _LABELS_KEPT = 100_000  # embeddings of that many labels are 200 MB at 512 numbers each
 _SETS_KEPT = 8
+# One thread at a time encodes labels: they share the cache, the text tower's mode and the tokenizer. Not kept on the
+# pipeline, which must remain picklable.
+_ENCODING = threading.RLock()
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")  # hardly a path, which has a dot
 
 
 class CachedZeroShotImageClassificationPipeline(Pipeline):
-    """The zero-shot pipeline for many pictures or many labels; its task is `cached-zero-shot-image-classification`.
+    """The zero-shot pipeline for many images or many labels; its task is `cached-zero-shot-image-classification`.
 
-    Takes a Ballad or any dual encoder of transformers (CLIP, CLIPResNet, SigLIP, SigLIP 2). Text embeddings of labels
-    are kept from call to call, until the text tower's weights change. Give `batch_size` to score pictures together.
+    Takes a BALLAD model or any dual encoder of transformers (CLIP, CLIPResNet, SigLIP, SigLIP 2). Text embeddings
+    of labels are cached until the text tower's weights change. Give `batch_size` to score images together. Threads may
+    share a pipeline.
 
     Call arguments:
-        inputs: picture(s): paths, URLs or PIL pictures, a list, a generator or a data set of them. Files and PIL
-            pictures are read by the rule of training: 16 bits are scaled to 8, where the stock pipeline cuts them off.
-        candidate_labels: the labels to choose from. Default: the classes that a Ballad stores; then its prior dial
-            holds, and the text tower does not run.
+        inputs: image(s): paths, URLs or PIL images, a list, a generator or a dataset of them. Files and PIL images are
+            read as in training: 16 bits are scaled to 8, where the stock pipeline clips them.
+        candidate_labels: the labels to choose from. Default: the classes of a BALLAD model; then its prior correction
+            applies, and the text tower does not run.
         hypothesis_template: one prompt with `{}` for the label, as the stock pipeline takes it.
-        templates: several such prompts; the embeddings are averaged. Default: those that the Ballad was trained
-            with, else the stock pipeline's `"This is a photo of {}."`.
-        target_prior: how common the labels are where the pictures come from. For stored classes in any form that
-            `set_target_prior` takes; for given labels one weight a label. Default: what the model says, else nothing.
+        templates: several such prompts; the embeddings are averaged. Default: those of the BALLAD model, else
+            the stock pipeline's `"This is a photo of {}."`.
+        target_prior: how common the labels are where the images come from. For the model's classes in any form that
+            `set_target_prior` takes; for given labels one weight a label. Default: the model's, else none.
         top_k: how many labels to return; default: all.
-        on_unreadable: `"raise"`, or `"skip"`: an empty list for a picture that can't be read, and a warning.
-        timeout: seconds to wait for a picture from the web.
+        on_unreadable: `"raise"`, or `"skip"`: an empty list for an image that can't be read, and a warning.
+        timeout: seconds to wait for an image from the web.
 
     Returns:
-        A list of `{"score": float, "label": str}` for each picture, best first.
+        A list of `{"score": float, "label": str}` for each image, best first.
 
     Raises:
-        ValueError: no labels where none are stored, an empty or repeated label, a template without `{}`, a picture
-            that can't be read while `on_unreadable` is `"raise"`.
+        ValueError: no labels where none are stored, an empty or repeated label, a template without `{}`, an image
+            that can't be read while `on_unreadable` is `"raise"`, logits that are not finite.
 
     Example:
 
@@ -121,13 +127,13 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
 
     def preprocess(self, inputs, on_unreadable="raise", timeout=None):
         try:
-            picture, readable = _read_picture(inputs, timeout), True
+            image, readable = _read_image(inputs, timeout), True
         except UnreadablePictureError as error:
             if on_unreadable != "skip":
                 raise
-            logger.warning(f"Skipped a picture: {error}")
-            picture, readable = Image.new("RGB", (8, 8)), False
-        seen = dict(self.image_processor(images=[picture], return_tensors="pt"))
+            logger.warning(f"Skipped an image: {error}")
+            image, readable = Image.new("RGB", (8, 8)), False
+        seen = dict(self.image_processor(images=[image], return_tensors="pt"))
         seen["pixel_values"] = seen["pixel_values"].to(self.dtype)
         return {**seen, "readable": torch.tensor([readable])}
 
@@ -146,7 +152,9 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
             shift = self.model.logit_shift(target_prior)
         else:
             shift = None if target_prior is None else prior_shift(target_prior, len(text_embeds)).to(logits.device)
-        return {"logits": logits if shift is None else logits + shift, "readable": model_inputs["readable"]}
+        logits = logits if shift is None else logits + shift
+        check_finite_logits(logits[model_inputs["readable"]])
+        return {"logits": logits, "readable": model_inputs["readable"]}
 
     def postprocess(self, model_outputs, candidate_labels=None, top_k=None):
         if not bool(model_outputs["readable"][0]):
@@ -169,22 +177,24 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
                 "out, or load the full model."
             )
         key = tuple(templates or getattr(self.model.config, "templates", None) or [STOCK_TEMPLATE])
-        now = text_weights_state(self._encoder)
-        if now != self._made_with:
-            self.clear_cache()
-            self._made_with = now
         chosen = (key, tuple(labels))
-        if chosen not in self._sets:
-            while len(self._sets) >= _SETS_KEPT:
-                self._sets.pop(next(iter(self._sets)))
-            self._sets[chosen] = self._gather(labels, key)
-        return self._sets[chosen]
+        with _ENCODING:
+            now = text_tower_state(self._encoder)
+            if now != self._made_with:
+                self.clear_cache()
+                self._made_with = now
+            if chosen not in self._sets:
+                while len(self._sets) >= _SETS_KEPT:
+                    self._sets.pop(next(iter(self._sets)))
+                self._sets[chosen] = self._gather(labels, key)
+            return self._sets[chosen]
 
     def clear_cache(self) -> None:
         """Forget the text embeddings of all labels."""
-        self._rows.clear()
-        self._embeds.clear()
-        self._sets.clear()
+        with _ENCODING:
+            self._rows.clear()
+            self._embeds.clear()
+            self._sets.clear()
 
     def _gather(self, labels: Sequence[str], key: tuple[str, ...]) -> torch.Tensor:
         if sum(map(len, self._rows.values())) + len(labels) > _LABELS_KEPT:
@@ -222,11 +232,11 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
 
     @property
     def _is_siglip(self) -> bool:
-        return "siglip" in self.model.config.model_type  # a Ballad over SigLIP was trained with softmax
+        return "siglip" in self.model.config.model_type  # a BALLAD model over SigLIP is trained with softmax
 
 
-def _read_picture(source: Any, timeout: float | None) -> Image.Image:
-    """An upright RGB picture from anywhere; what lies on this disk or in memory by the rule of training."""
+def _read_image(source: Any, timeout: float | None) -> Image.Image:
+    """An upright RGB image from anywhere; local files and PIL images are read as in training."""
     if not isinstance(source, str) or os.path.isfile(source):
         return open_picture(source)
     if not source.startswith(("http://", "https://", "data:")) and not _BASE64.fullmatch(source):

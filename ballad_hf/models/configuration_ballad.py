@@ -1,4 +1,4 @@
-"""What a Ballad is made of: a dual encoder's own config, the adapter, and the label bank's recipe."""
+"""Configuration of a BALLAD model: the dual encoder's own config, the adapter, the classes and their prompts."""
 
 # No `from __future__ import annotations` here: transformers checks field types only where they are real objects.
 import math
@@ -24,13 +24,15 @@ class BalladConfig(PreTrainedConfig):
             official code fixes 100.
         templates: prompts that name a class at `{}`; the embeddings of several are averaged.
         class_descriptions: class name -> prompts that take the place of the templates for that class.
-        class_counts: training images of each class, in label order. Kept for the shot groups and the prior dial.
+        class_counts: training images of each class, in label order. Kept for the shot groups and the prior
+            correction.
         target_prior: class prior where the model is used: `"uniform"`, `"train"`, a power of the training counts, or
             one weight a class; `None` leaves the logits alone. Set it by `set_target_prior`.
         source_prior: the prior that the logits are right under without it, in the same forms.
-        label_bank_fingerprint: the class names, templates and text weights that the stored class embeddings were made
-            from. Written by `set_class_names`; never set it by hand.
-        has_text_tower: `False` for a vision-only bundle, which serves its stored classes and no others.
+        class_embeds_digest: of the class names, the prompts and the stored class embeddings, which must belong
+            together. Written by `set_class_names`; never set it by hand.
+        text_tower_digest: of the text weights that the class embeddings were made with; written with the above.
+        has_text_tower: `False` for a model without a text tower, which serves its stored classes and no others.
         initializer_range: standard deviation for weights that have no rule of their own.
 
     Raises:
@@ -56,7 +58,8 @@ class BalladConfig(PreTrainedConfig):
     class_counts: list[int] | None = None
     target_prior: str | float | int | list[float] | None = None
     source_prior: str | float | int | list[float] = "uniform"
-    label_bank_fingerprint: str | None = None
+    class_embeds_digest: str | None = None
+    text_tower_digest: str | None = None
     has_text_tower: bool = True
     initializer_range: float = 0.02
 
@@ -64,7 +67,7 @@ class BalladConfig(PreTrainedConfig):
         self.clip_config = _as_config(self.clip_config)
         if self.id2label is not None and kwargs.get("num_labels") not in (None, len(self.id2label)):
             # `from_pretrained(..., num_labels=3)` on a model of other classes: what belongs to those goes.
-            self.class_counts = self.class_descriptions = self.target_prior = self.label_bank_fingerprint = None
+            self.class_counts = self.class_descriptions = self.target_prior = self.class_embeds_digest = None
             self.source_prior = "uniform"
         super().__post_init__(**kwargs)
         # label2id is always derived: a missing one, or one left from other names, would disagree in silence.

@@ -33,7 +33,7 @@ from .dual_encoders import (
     load_openai_clip,
     load_tokenizer,
 )
-from .modeling_ballad import BalladForImageClassification
+from .modeling_ballad import BalladForImageClassification, check_finite_weights
 from .openai_layout import infer_config, model_from_state, strip_data_parallel
 
 
@@ -290,6 +290,8 @@ def _what_feeds(ballad: str | os.PathLike, loaders: Sequence[Any], kwargs: Mappi
 
 def _save(folder: Path, *parts: Any) -> None:
     for part in parts:
+        if isinstance(part, PreTrainedModel):
+            check_finite_weights(part)
         if part is not None:
             part.save_pretrained(folder)
 

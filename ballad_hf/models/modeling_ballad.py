@@ -23,9 +23,8 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
+from .class_embeddings import ClassEmbeddingsMixin, check_class_names, check_text_tower, pad_as_trained
 from .configuration_ballad import BalladConfig
-from .label_bank import check_class_names, check_text_tower, pad_as_trained
-from .label_bank_mixin import LabelBankMixin
 from .prior import Prior
 from .vision_only import remove_text_tower
 
@@ -204,7 +203,7 @@ class BalladModel(BalladPreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
 
-class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
+class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
     """A dual encoder, the adapter, and the class embeddings.
 
     Without text, `forward` scores the stored classes and the text tower does not run. With `input_ids` it is a
@@ -265,6 +264,8 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
         logits = self.similarity(image_embeds, text_embeds)  # (batch, classes or texts)
         shift = self.logit_shift(target_prior) if input_ids is None else None
         logits = logits if shift is None else logits + shift
+        if labels is None and not self.training:
+            check_finite_logits(logits)
         loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
         output = BalladOutput(
             loss=loss,
@@ -281,13 +282,6 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
             logits = self.logit_scale * (image_embeds.float() @ text_embeds.float().T)
             bias = getattr(self.clip, "logit_bias", None)  # SigLIP has one
             return logits if bias is None else logits + bias.float()
-
-    @property
-    def logit_scale(self) -> torch.Tensor:
-        """The multiplier of the cosines: the fixed one of the config, else the dual encoder's own (not its log)."""
-        if self.config.logit_scale is not None:
-            return torch.tensor(float(self.config.logit_scale), device=self.class_embeds.device)
-        return self.clip.logit_scale.float().exp()
 
     @classmethod
     def from_clip(
@@ -366,8 +360,8 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
     def fold_adapter(self) -> PreTrainedModel:
         """This model as a plain dual encoder, such as a `CLIPModel`, with the adapter in its image projection.
 
-        It computes the same `logits_per_image` without any code of Ballad; the label bank and the prior dial stay
-        behind. See `fold.py` for the formula.
+        It computes the same `logits_per_image` without any code of Ballad; the class embeddings and the prior
+        correction stay behind. See `fold.py` for the formula.
 
         Raises:
             ValueError: the image tower has no linear projection (SigLIP), or the text tower was removed.
@@ -388,6 +382,39 @@ class BalladForImageClassification(LabelBankMixin, BalladPreTrainedModel):
         self.stored_class_embeds()
         self.config.has_text_tower = False
         return remove_text_tower(self.clip)
+
+
+def check_finite_logits(logits: torch.Tensor) -> None:
+    """Refuse to classify with logits that are not finite.
+
+    Args:
+        logits: (batch, classes).
+
+    Raises:
+        ValueError: some are not, with the images of the batch.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(torch.isfinite(logits).all()):
+        return
+    images = (~torch.isfinite(logits).all(dim=-1)).nonzero().flatten().tolist()
+    raise ValueError(
+        f"The logits of the images {images[:10]} of this batch are not finite: the weights hold NaN or infinite "
+        "values (a diverged training, a damaged file), the pixel_values do, or the features are too large for "
+        "float16. Load other weights, look at the images, or compute in float32 or bfloat16."
+    )
+
+
+def check_finite_weights(model: nn.Module, source: str | os.PathLike = "the model") -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        ValueError: with their names.
+    """
+    wrong = [name for name, value in model.state_dict().items() if not bool(torch.isfinite(value).all())]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} weights of {source} hold NaN or infinite values, such as {', '.join(wrong[:3])}: take a "
+            "checkpoint from before the training diverged, or get the file again."
+        )
 
 
 def build_dual_encoder(clip_config: PreTrainedConfig) -> PreTrainedModel:

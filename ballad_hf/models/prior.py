@@ -1,4 +1,4 @@
-"""The prior dial: how common each class is where the model is used, against what its training made it expect.
+"""Prior correction: adapt the logits to how common each class is where the model is used.
 
 By Bayes' rule, a classifier whose logits are right under the class prior `p` is right under the prior `q` once
 `log q - log p` is added to them (Saerens, Latinne and Decaestecker, 2002, "Adjusting the outputs of a classifier to
@@ -19,12 +19,12 @@ Prior = str | float | int | Sequence[float] | torch.Tensor
 
 
 def resolve_prior(prior: Prior, num_classes: int, class_counts: Sequence[int] | torch.Tensor | None) -> torch.Tensor:
-    """Turn any way to name a class prior into probabilities.
+    """A class prior, in any form, as probabilities.
 
     Args:
-        prior: `"uniform"`; `"train"`, the share of each class in the training images; a number `t` for shares
-            proportional to `counts ** t` (0 is uniform, 1 is train, below 0 favours the tail); or one weight a class,
-            not necessarily summing to 1.
+        prior: `"uniform"`; `"train"`, the frequency of each class in the training images; a number `t` for
+            frequencies proportional to `counts ** t` (0 is uniform, 1 is train, below 0 favours the tail); or one
+            weight a class, not necessarily summing to 1.
         num_classes: number of classes.
         class_counts: (classes,) training images of each class, for `"train"` and a number. A class that had none
             counts as if it had one.
@@ -40,7 +40,7 @@ def resolve_prior(prior: Prior, num_classes: int, class_counts: Sequence[int] | 
     >>> from ballad_hf.models.prior import resolve_prior
     >>> resolve_prior([3, 1], 2, None).tolist()
     [0.75, 0.25]
-    >>> [round(share, 3) for share in resolve_prior(0.5, 2, [16, 1]).tolist()]
+    >>> [round(p, 3) for p in resolve_prior(0.5, 2, [16, 1]).tolist()]
     [0.8, 0.2]
     """
     if isinstance(prior, str) and prior not in ("uniform", "train"):
@@ -75,7 +75,7 @@ def _power_of_counts(
         raise ValueError(f"The prior is {power}: the power of the training counts must be a finite number.")
     if class_counts is None:
         raise ValueError(
-            "The model keeps no training counts (config.class_counts), so a prior by the training images is unknown: "
+            "The model has no training counts (config.class_counts), so the prior of the training images is unknown: "
             "set the counts, or give one weight a class."
         )
     counts = torch.as_tensor(class_counts, dtype=torch.float64).cpu()
@@ -90,7 +90,7 @@ def prior_shift(
     class_counts: Sequence[int] | torch.Tensor | None = None,
     source_prior: Prior = "uniform",
 ) -> torch.Tensor:
-    """What to add to the logits so that they answer for the target prior.
+    """What to add to the logits so that they are right under the target prior.
 
     Args:
         target_prior: the prior where the model is used, in any form that `resolve_prior` takes.
@@ -120,14 +120,14 @@ def estimate_prior(
     max_iterations: int = 1000,
     tolerance: float = 1e-6,
 ) -> torch.Tensor:
-    """Estimate how common each class is among unlabelled pictures, by expectation-maximisation.
+    """Estimate how common each class is among unlabelled images, by expectation-maximisation.
 
     Repeats two steps (Saerens et al., 2002): the posteriors under the present estimate, and their mean as the next
-    estimate. The likelihood of the pictures never falls. It trusts the model's probabilities: logits that are too
+    estimate. The likelihood of the images never falls. It trusts the model's probabilities: logits that are too
     sharp give an estimate that only counts predictions.
 
     Args:
-        logits: (pictures, classes) of the model without a target prior.
+        logits: (images, classes) of the model without a target prior.
         source_prior: (classes,) prior that the logits are right under; `None` for uniform.
         max_iterations: after which it stops with a warning.
         tolerance: stop when the estimate moves by less than this, as the sum of absolute differences.
@@ -136,23 +136,23 @@ def estimate_prior(
         (classes,) float64 probabilities; `model.set_target_prior(...)` takes them.
 
     Raises:
-        ValueError: no pictures, logits of another shape, or some that are not finite.
+        ValueError: no images, logits of another shape, or some that are not finite.
 
     Example:
 
     >>> import torch
     >>> from ballad_hf.models.prior import estimate_prior
     >>> certain = torch.tensor([[20.0, 0.0], [20.0, 0.0], [20.0, 0.0], [0.0, 20.0]])
-    >>> [round(share, 3) for share in estimate_prior(certain).tolist()]
+    >>> [round(p, 3) for p in estimate_prior(certain).tolist()]
     [0.75, 0.25]
     """
     if logits.ndim != 2 or len(logits) == 0:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}: give (pictures, classes), one picture or more.")
+        raise ValueError(f"logits have shape {tuple(logits.shape)}: give (images, classes), one image or more.")
     if not torch.isfinite(logits).all():
         raise ValueError("Some logits are not finite, so the class prior can't be estimated from them.")
     classes = logits.shape[1]
     source = resolve_prior("uniform" if source_prior is None else source_prior, classes, None).to(logits.device)
-    likelihood = torch.softmax(logits.double(), dim=1) / source  # (pictures, classes), up to a factor a picture
+    likelihood = torch.softmax(logits.double(), dim=1) / source  # (images, classes), up to a factor an image
     prior = source
     for _ in range(max_iterations):
         joint = likelihood * prior
@@ -163,6 +163,6 @@ def estimate_prior(
             break
     else:
         logger.warning(f"The prior still moved by {moved:.1e} after {max_iterations} iterations.")
-    # A share that went to zero would forbid its class for good.
+    # A probability of zero would forbid its class for good.
     prior = prior.clamp(min=1e-12)
     return prior / prior.sum()

@@ -201,8 +201,7 @@ def apply_cosine_head(model: BalladForImageClassification, head: LinearHead) -> 
             f"The head's weights are {tuple(head.weight.shape)} and the model's class embeddings "
             f"{tuple(model.class_embeds.shape)}: fit it on features of this model."
         )
-    model.stored_class_embeds()
-    model.class_embeds.copy_(F.normalize(head.weight, dim=1))
+    model.set_class_embeds(head.weight)
     model.config.adapter_ratio = 0.0
     model.config.logit_scale = float(head.scale)
 

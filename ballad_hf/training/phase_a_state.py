@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers.utils import logging
 
-from ..models.label_bank import names_fingerprint
+from ..models.class_embeddings import prompts_digest
 from .arguments import PhaseAArguments
 from .checkpointing import (
     Checkpoint,
@@ -105,7 +105,7 @@ def run_identity(
         **told,
         "seed": seed,
         "training labels and classes": data,
-        "class prompts": names_fingerprint(config.class_names, config.templates, config.class_descriptions),
+        "class prompts": prompts_digest(config.class_names, config.templates, config.class_descriptions),
         "start": _weights_digest(model.clip),
     }
 

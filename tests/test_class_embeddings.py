@@ -1,11 +1,16 @@
-"""Class embeddings: what they are, and that stale ones are never used."""
+"""Class embeddings: what they are, and that others than the model's own are never used."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from ballad_hf import BalladForImageClassification
-from ballad_hf.models.label_bank import encode_class_prompts
+from ballad_hf.models.class_embeddings import encode_class_prompts
+from ballad_hf.models.prior import prior_shift
 
 
 pytestmark = pytest.mark.numeric
@@ -39,7 +44,7 @@ def test_a_prompt_that_classes_share_is_encoded_once(tiny_clip, monkeypatch):
     assert sum(texts) == 3
 
 
-def test_classes_come_and_go_without_touching_the_others(tiny_ballad, tiny_clip):
+def test_adding_and_removing_classes_leaves_the_others(tiny_ballad, tiny_clip):
     before = tiny_ballad.class_embeds.clone()
     tiny_ballad.config.class_counts = [5, 4, 3, 2, 1]
     tiny_ballad.add_classes(["tram"], tiny_clip.tokenizer, class_counts=[7])
@@ -73,9 +78,7 @@ def test_stale_embeddings_are_refused_also_after_loading(change, tiny_ballad, tm
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_model_that_was_rounded_and_cast_back_keeps_its_bank_and_a_training_step_is_still_noticed(
-    dtype, tiny_ballad, tmp_path
-):
+def test_rounding_keeps_the_embeddings_and_a_training_step_after_it_is_noticed(dtype, tiny_ballad, tmp_path):
     pixel_values = torch.zeros(1, 3, 32, 32)
     tiny_ballad.save_pretrained(tmp_path)
     rounded = BalladForImageClassification.from_pretrained(tmp_path, dtype=dtype)
@@ -93,7 +96,7 @@ def test_a_model_that_was_rounded_and_cast_back_keeps_its_bank_and_a_training_st
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_bank_that_was_made_in_half_precision_holds_in_float32_until_a_weight_changes(dtype, tiny_ballad, tiny_clip):
+def test_embeddings_made_in_half_precision_hold_in_float32_until_a_weight_changes(dtype, tiny_ballad, tiny_clip):
     tiny_ballad.to(dtype).set_class_names(["cat", "owl"], tiny_clip.tokenizer)
     tiny_ballad.float().stored_class_embeds()
     with torch.no_grad():
@@ -102,17 +105,64 @@ def test_a_bank_that_was_made_in_half_precision_holds_in_float32_until_a_weight_
         tiny_ballad.stored_class_embeds()
 
 
-def test_a_fingerprint_without_the_rounded_digests_is_understood(tiny_ballad):
-    fingerprint = tiny_ballad.config.label_bank_fingerprint
-    tiny_ballad.config.label_bank_fingerprint = ":".join(fingerprint.split(":")[:3])
+@pytest.mark.parametrize("change", ["reversed", "zeroed", "rescaled", "nan"])
+def test_other_embeddings_than_the_configs_are_refused(change, tiny_ballad, tmp_path):
+    tiny_ballad.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    embeds = state["class_embeds"]
+    changed = {"reversed": embeds.flip(0), "zeroed": embeds * 0, "rescaled": embeds * 1.01, "nan": embeds * torch.nan}
+    save_file(
+        {**state, "class_embeds": changed[change].contiguous()},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    loaded = BalladForImageClassification.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="edited, mixed up or damaged.*get the saved model again"):
+        loaded(torch.zeros(1, 3, 32, 32))
+    tiny_ballad.class_embeds.mul_(1.01)
+    with pytest.raises(ValueError, match="edited, mixed up or damaged"):
+        tiny_ballad(torch.zeros(1, 3, 32, 32))
+
+
+def test_trained_embeddings_take_the_place_of_the_prompts(tiny_ballad, tmp_path):
+    trained = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    tiny_ballad.set_class_embeds(trained)
+    tiny_ballad.save_pretrained(tmp_path)
+    loaded = BalladForImageClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.stored_class_embeds(), F.normalize(trained, dim=-1))
+    for wrong in (trained[:4], trained * 0, trained * torch.nan):
+        with pytest.raises(ValueError, match=r"give \(5, 16\)"):
+            tiny_ballad.set_class_embeds(wrong)
+
+
+def test_low_rank_updates_of_the_text_tower_are_noticed_once_they_change_it(tiny_ballad):
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(tiny_ballad, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     tiny_ballad.stored_class_embeds()
+    updates = [tensor for name, tensor in tiny_ballad.named_parameters() if "text_model" in name and "lora_B" in name]
     with torch.no_grad():
-        tiny_ballad.clip.text_projection.weight[0, 0] += 1e-5
+        updates[0][0, 0] = 0.1
     with pytest.raises(ValueError, match="text tower has changed"):
         tiny_ballad.stored_class_embeds()
 
 
-def test_the_bank_is_kept_bit_for_bit_by_the_checkpoint(tiny_ballad, tmp_path):
+def test_threads_get_the_prior_correction_that_they_ask_for(tiny_ballad):
+    priors = {weight: [float(weight), 1.0, 1.0, 1.0, 1.0] for weight in range(1, 3)}
+    expected = {weight: prior_shift(prior, 5).tolist() for weight, prior in priors.items()}
+
+    def ask(weight: int) -> bool:
+        return all(tiny_ballad.logit_shift(priors[weight]).tolist() == expected[weight] for _ in range(400))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(ask, [1, 2] * 4))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_a_checkpoint_keeps_embeddings_and_prior_bit_for_bit(tiny_ballad, tmp_path):
     tiny_ballad.set_target_prior([1, 2, 3, 4, 5])
     tiny_ballad.save_pretrained(tmp_path)
     loaded = BalladForImageClassification.from_pretrained(tmp_path)
@@ -121,15 +171,15 @@ def test_the_bank_is_kept_bit_for_bit_by_the_checkpoint(tiny_ballad, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "says"),
+    ("names", "message"),
     [([], "empty"), (["cat", "  "], r"positions \[1\]"), (["cat", "cat"], "more than once: cat"), ("cat", "single")],
 )
-def test_names_that_can_not_be(names, says, tiny_ballad, tiny_clip):
-    with pytest.raises(ValueError, match=says):
+def test_bad_names_are_refused(names, message, tiny_ballad, tiny_clip):
+    with pytest.raises(ValueError, match=message):
         tiny_ballad.set_class_names(names, tiny_clip.tokenizer)
 
 
-def test_classes_that_are_not_there_or_are_there_already(tiny_ballad, tiny_clip):
+def test_unknown_and_repeated_classes_are_refused(tiny_ballad, tiny_clip):
     with pytest.raises(ValueError, match="no classes of this model: 'tram'"):
         tiny_ballad.remove_classes(["tram"])
     with pytest.raises(ValueError, match="more than once: cat"):
