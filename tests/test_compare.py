@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 from ballad_hf import LongTailMetrics
 from ballad_hf.evaluation.compare import (
     compare,
+    comparison_text,
     holm,
     main,
     paired_differences,
@@ -24,6 +25,7 @@ from ballad_hf.evaluation.compare import (
     significance,
 )
 from ballad_hf.evaluation.predictions import Predictions
+from ballad_hf.evaluation.report import StageResult
 
 
 COUNTS = [500, 50, 5]
@@ -198,3 +200,23 @@ def test_bad_input_is_named(tmp_path):
         read_runs([run, run])
     with pytest.raises(FileNotFoundError, match=r"no metrics\.json"):
         read_runs([run, str(tmp_path / "nowhere")])
+
+
+def test_a_comparison_is_not_overwritten_silently(tmp_path):
+    run = _write(tmp_path / "run", {"phase A": _predictions([18, 10, 2]), "phase B": _predictions([14, 12, 14])})
+    command = [run, "--output_dir", str(tmp_path / "out")]
+    main(command)
+    with pytest.raises(FileExistsError, match="already holds a comparison.*--overwrite_output_dir"):
+        main(command)
+    main([*command, "--overwrite_output_dir"])
+
+
+def test_the_splits_of_the_runs_are_named(tmp_path):
+    on = {split: _predictions([18, 10, 2], split=split) for split in ("test", "validation")}
+    on = {split: rows.of_split(split, split) for split, rows in on.items()}
+    same = {name: StageResult(_metrics(on["test"]), on["test"]) for name in ("a", "b")}
+    assert comparison_text(same, compare(same)).startswith("Accuracy on test images")
+    mixed = {split: StageResult(_metrics(rows), rows) for split, rows in on.items()}
+    text = comparison_text(mixed, compare(mixed))
+    assert text.startswith("Accuracy on different splits: test on test images, validation on validation images")
+    assert plot_comparison(same).axes[0].get_xlabel() == "Accuracy on test images, with 95% intervals"

@@ -1,14 +1,21 @@
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from ballad_hf.files import (
+    StagingFolder,
     check_regular_file,
+    explain_full_disk,
     read_json,
     read_text,
     read_yaml,
     remove_leftovers,
+    remove_staging_folders,
     replacing_file,
     replacing_folder,
     sha256_of,
@@ -122,3 +129,51 @@ def test_nan_is_not_written(tmp_path):
 def test_sha256_of_a_file(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+_HELD = """
+import sys, time
+from ballad_hf.files import StagingFolder
+folder = StagingFolder(sys.argv[1], ".push-")
+(folder.path / "weights").write_bytes(b"1")
+print(folder.path, flush=True)
+time.sleep(60)
+"""
+
+
+def test_staging_folders_of_killed_processes_are_removed_and_those_of_running_ones_stay(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", _HELD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    held = Path(process.stdout.readline().strip())
+    with StagingFolder(tmp_path, ".push-") as own:
+        assert held.is_dir()
+        remove_staging_folders(tmp_path, ".push-")
+        assert own.is_dir()
+        process.kill()
+        process.communicate()
+        (tmp_path / ".push-link").symlink_to(tmp_path)
+        with StagingFolder(tmp_path, ".push-"):
+            assert not held.exists()
+            assert own.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == [".push-link"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError("encoder error -2 when writing image file"),
+    ],
+)
+def test_a_full_disk_in_any_words_is_named_with_the_path(error):
+    with pytest.raises(OSError, match="Could not write out/plots: No space left.*Free some space") as caught:
+        with explain_full_disk("out/plots"):
+            raise error
+    assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), ValueError("x"), KeyError(3)])
+def test_other_errors_pass(error):
+    with pytest.raises(type(error)) as caught, explain_full_disk("out"):
+        raise error
+    assert caught.value is error

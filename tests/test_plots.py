@@ -1,15 +1,23 @@
 """Plots: what stands on them, for two classes and for ten thousand, and the files they become."""
 
+import warnings
+
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from PIL import Image
 
 from ballad_hf import LongTailMetrics
+from ballad_hf.evaluation import plots
 from ballad_hf.evaluation.mistakes import plot_confusions, plot_mistakes, thumbnail, worst_confusions, worst_mistakes
 from ballad_hf.evaluation.plots import (
+    drawable,
     plot_accuracy_by_frequency,
     plot_gain_by_class,
     plot_reliability,
+    plot_training_curves,
     save_figure,
     short,
 )
@@ -260,3 +268,105 @@ def test_bad_input_is_named(stages, tmp_path):
 def test_figures_are_written_where_asked(stages, tmp_path):
     files = save_figure(plot_gain_by_class(stages[0]), tmp_path / "gain.v2")
     assert sorted(file.name for file in files) == ["gain.v2.png", "gain.v2.svg"]
+
+
+def test_training_curves_of_both_phases():
+    first = [{"step": 0, "mean_class": 0.2}, {"step": 10, "loss": 2.0, "mean_class": 0.4, "few": 0.1}]
+    second = [
+        {"epoch": 0, "eval_mean_class": 0.4},
+        {"epoch": 1, "loss": 1.0},
+        {"epoch": 1, "eval_mean_class": 0.6, "eval_loss": 9.0},
+    ]
+    figure = plot_training_curves({"phase A": first, "phase B": second, "phase C": []})
+    loss_a, loss_b, accuracy_a, accuracy_b = figure.axes
+    assert [axes.get_title(loc="left") for axes in (loss_a, loss_b)] == ["phase A", "phase B"]
+    assert [line.get_xydata().tolist() for line in loss_a.get_lines()] == [[[10, 2.0]]]
+    assert [line.get_xydata().tolist() for line in loss_b.get_lines()] == [[[1, 1.0]]]
+    assert [line.get_xydata().tolist() for line in accuracy_a.get_lines()] == [[[0, 0.2], [10, 0.4]], [[10, 0.1]]]
+    assert [line.get_xydata().tolist() for line in accuracy_b.get_lines()] == [[[0, 0.4], [1, 0.6]]]
+    assert (accuracy_a.get_xlabel(), accuracy_b.get_xlabel()) == ("step", "epoch")
+    assert {axes.get_ylabel() for axes in (accuracy_a, accuracy_b)} == {"validation accuracy"}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mean-class", "few-shot"]
+    with pytest.raises(ValueError, match="no training curves"):
+        plot_training_curves({"phase A": [{"step": 0}]})
+
+
+@pytest.fixture
+def only_the_first_font(monkeypatch):
+    """As on a machine without fonts for other scripts."""
+    monkeypatch.setattr(plots, "_FONTS", ("DejaVu Sans",))
+    _forget_fonts()
+    yield
+    monkeypatch.undo()
+    _forget_fonts()
+
+
+def _forget_fonts():
+    plots._installed_fonts.cache_clear()
+    plots._glyphs.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("red fox", "red fox"),
+        ("Ärger 5 €", "Ärger 5 €"),
+        ("猫", "class 3"),
+        ("cat 猫", "cat (class 3)"),
+        ("🦊", "fox face"),
+        ("🦊 red", "fox face red"),
+        ("\U0001f9d1\U0001f3fd\u200d\U0001f680", "adult rocket"),  # an astronaut: joined, with a skin tone
+        ("\ue000", "class 3"),  # private use: it has no name
+    ],
+)
+def test_what_no_font_can_draw_is_put_into_words(only_the_first_font, name, shown):
+    assert drawable(name, "class 3") == shown
+
+
+def test_no_plot_has_boxes_in_the_place_of_letters(only_the_first_font, tmp_path):
+    names = ["猫", "🦊", "лиса", "กบ", "zebra"]
+    made = {
+        stage: _stage(correct, names=names) for stage, correct in {"前": [5] * 5, "phase B": [9, 9, 4, 8, 7]}.items()
+    }
+    results = {stage: entry[1] for stage, entry in made.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of each missing glyph
+        save_plots(tmp_path, results, {stage: entry[0] for stage, entry in made.items()}, dataset=Images(50))
+
+
+def test_a_font_that_is_installed_is_used(tmp_path, monkeypatch):
+    file = _font_with("猫", tmp_path / "cjk.ttf")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+    font_manager.fontManager.addfont(file)
+    monkeypatch.setattr(plots, "_FONTS", ("DejaVu Sans", "Made For This Test"))
+    _forget_fonts()
+    try:
+        assert drawable("猫", "class 2") == "猫"
+        assert drawable("犬", "class 2") == "class 2"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            save_figure(plot_gain_by_class({name: _stage([5] * 5)[1] for name in ("猫", "after")}), tmp_path / "gain")
+    finally:
+        monkeypatch.undo()
+        _forget_fonts()
+
+
+def _font_with(letters, file):
+    """A font whose glyphs for these letters are squares."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for point in ((0, 700), (700, 700), (700, 0)):
+        pen.lineTo(point)
+    pen.closePath()
+    glyph, names = pen.glyph(), [".notdef", *(f"uni{ord(letter):04X}" for letter in letters)]
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap({ord(letter): name for letter, name in zip(letters, names[1:], strict=True)})
+    builder.setupGlyf(dict.fromkeys(names, glyph))
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (800, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Made For This Test", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(file)
+    return file
