@@ -17,7 +17,7 @@ from ballad_hf.data.splits import ImageSplit, Splits
 from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training import checkpointing
 from ballad_hf.training.arguments import PhaseAArguments
-from ballad_hf.training.phase_a_loop import PhaseALoop
+from ballad_hf.training.phase_a import PhaseALoop
 
 
 pytestmark = pytest.mark.numeric

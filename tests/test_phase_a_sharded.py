@@ -10,7 +10,7 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
-from ballad_hf.training.phase_a_loop import PhaseALoop
+from ballad_hf.training.phase_a import PhaseALoop
 
 from .test_phase_a_processes import flat, launch, read, run
 

@@ -232,8 +232,8 @@ def test_no_epochs_leave_the_adapter_as_it_is(tiny_ballad):
 def test_small_data_still_gets_some_steps_an_epoch(tiny_ballad):
     assert train_phase_b(tiny_ballad, table_for(tiny_ballad)).steps == 10 * 4
     assert train_phase_b(tiny_ballad, table_for(tiny_ballad, (1, 1, 1, 0, 0))).steps == 10 * 3
-    assert PhaseBArguments().rows_a_step(100_000) == 512
-    assert PhaseBArguments(batch_size=64).rows_a_step(100) == 64
+    assert PhaseBArguments().rows_per_step(100_000) == 512
+    assert PhaseBArguments(batch_size=64).rows_per_step(100) == 64
 
 
 def test_training_counts_go_into_the_model(tiny_ballad):

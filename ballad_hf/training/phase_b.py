@@ -110,7 +110,7 @@ def train_phase_b(
     started = time.perf_counter()
     device = torch.device(device or model.device)
     table = to_device_if_fits(table, device)
-    batches = TableBatches(table, phase_b_sampler(args, table, seed), args.rows_a_step(table.rows))
+    batches = TableBatches(table, phase_b_sampler(args, table, seed), args.rows_per_step(table.rows))
     start = adapter_start(args.adapter_start, model.adapter.linear.weight, seed).to(device)
     training = AdapterTraining(start, model.config.adapter_ratio, model.logit_scale.item(), batches, args)
 

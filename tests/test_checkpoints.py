@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ballad_hf.training import checkpointing
-from ballad_hf.training.checkpointing import (
+from ballad_hf.training.checkpoints import (
     CheckpointStore,
     CheckpointTimer,
     StopSignals,
