@@ -33,7 +33,7 @@ class OptionParser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        given = [_underscored(argument) for argument in (sys.argv[1:] if args is None else args)]
+        given = [underscored(argument) for argument in (sys.argv[1:] if args is None else args)]
         parsed, unknown = self.parse_known_args(given, namespace)
         if unknown:
             self._refuse(unknown)
@@ -70,6 +70,7 @@ def add_dataclass(parser: argparse.ArgumentParser, kind: type, title: str, prefi
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         group.add_argument(
             f"--{prefix}{field.name}",
+            *field.metadata.get("aliases", ()),
             default=default,
             help=field.metadata["help"].replace("%", "%%"),
             **_how_to_read(types_of[field.name]),
@@ -112,7 +113,8 @@ def read_config(file: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     }
 
 
-def _underscored(argument: str) -> str:
+def underscored(argument: str) -> str:
+    """An option with `-` in its name as the parser knows it; values are left alone."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument[2:].partition("=")

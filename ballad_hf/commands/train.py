@@ -15,7 +15,7 @@ from ..training.arguments import (
     PhaseAArguments,
     PhaseBArguments,
 )
-from .options import OptionParser, add_dataclass, build, read_config
+from .options import OptionParser, add_dataclass, build, read_config, underscored
 
 
 # A recipe stands for data and model together: choosing either one drops the default recipe.
@@ -64,9 +64,10 @@ def parse_arguments(options: Sequence[str], default_config: str | None = None) -
     ('my_images', 0.3, 4)
     """
     parser = _parser()
-    known, _ = parser.parse_known_args(list(options))
+    options = [underscored(option) for option in options]
+    known, _ = parser.parse_known_args(options)
     config = known.config
-    chooses = known.data is not None or any(option.split("=", 1)[0].replace("-", "_").replace("__", "--", 1) in _CHOOSES_THE_RECIPE for option in options)
+    chooses = known.data is not None or any(option.split("=", 1)[0] in _CHOOSES_THE_RECIPE for option in options)
     if config is None and not chooses:
         config = default_config
     if config is not None:

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from ..models.configuration_ballad import DEFAULT_TEMPLATE
-
 
 def _option(help: str, default=None):
     return field(default=default, metadata={"help": help})
@@ -75,9 +73,12 @@ class DataArguments:
 class ModelArguments:
     """Which dual encoder, and the adapter on it."""
 
-    model_name_or_path: str = _option(
-        "CLIP checkpoint: Hub name, folder or file; 'tiny' builds a small one with random weights",
-        "openai/clip-vit-base-patch16",
+    model: str = field(
+        default="openai/clip-vit-base-patch16",
+        metadata={
+            "help": "CLIP checkpoint: Hub name, folder or file; 'tiny' builds a small one with random weights",
+            "aliases": ("--model_name_or_path",),
+        },
     )
     model_revision: str | None = _option("branch, tag or commit of a checkpoint on the Hub")
     adapter_ratio: float = _option("weight of the adapted against the original feature, from 0 to 1", 0.2)
@@ -87,9 +88,8 @@ class ModelArguments:
     logit_scale: float | None = _option(
         "fixed scale of the cosine similarities (the official code: 100); default: the model's own"
     )
-    templates: list[str] = field(
-        default_factory=lambda: [DEFAULT_TEMPLATE],
-        metadata={"help": "prompt templates with {} for the class name; several are averaged"},
+    templates: list[str] | None = _option(
+        "prompt templates with {} for the class name; several are averaged; default: 'a photo of a {}.'"
     )
 
     def __post_init__(self):
