@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 
@@ -25,7 +25,7 @@ class TrainingEvents:
 
     Example:
 
-    >>> from accelerate import Accelerator
+    >>> from accelerate import Accelerator, PartialState
     >>> from transformers import TrainerCallback
     >>> from ballad_hf.training.callbacks import TrainingEvents
     >>> class PrintSteps(TrainerCallback):
@@ -41,7 +41,7 @@ class TrainingEvents:
         self,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]],
         args: Any,
-        accelerator: Accelerator,
+        accelerator: Accelerator | PartialState,
         model: Any = None,
         processing_class: Any = None,
     ):

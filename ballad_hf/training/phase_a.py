@@ -71,7 +71,8 @@ def train_phase_a(
         processing_class: the processor of the dual encoder, with a tokenizer and an image processor; default: the
             model's own.
         args: see [`PhaseAArguments`].
-        eval_dataset: the validation split, which chooses the weights that are kept. Without one the last epoch is kept.
+        eval_dataset: the validation split, which chooses the weights that are kept. Without one the last epoch
+            is kept.
         accelerator: its processes share each batch, and its mixed precision is used. Weights are float32 throughout.
         output_dir: checkpoints are kept in `output_dir/phase_a`, which all processes must see; `None` for none.
         seed: of the order, the augmentation and dropout. The same seed gives the same bits on the same machine.
