@@ -27,7 +27,7 @@ from ballad_hf.training.optimization import tower_of
 from ballad_hf.training.phase_a_setup import set_up_phase_a
 from ballad_hf.training.phase_a_state import PhaseAResult
 from ballad_hf.training.signals import TrainingInterrupted
-from ballad_hf.training.validation import FIGURES, Validator, encode_classes
+from ballad_hf.training.validation import METRIC_NAMES, Validator, encode_classes
 
 
 pytestmark = pytest.mark.numeric
@@ -265,7 +265,7 @@ def test_the_tail_guard(model, splits, encoder, mode, monkeypatch, caplog):
         way = (towers.clip.visual_projection.weight - before["visual_projection.weight"]).norm().item()
         ways.append(way)
         few = 0.5 if way <= 0.55 * max(ways) else 0.4
-        return {**dict.fromkeys(FIGURES, None), "mean_class": 0.3 + way / 1000, "few": few}
+        return {**dict.fromkeys(METRIC_NAMES, None), "mean_class": 0.3 + way / 1000, "few": few}
 
     monkeypatch.setattr(Validator, "__call__", figures)
     told = arguments(epochs=4, tail_guard=mode, learning_rate=1e-2, schedule="constant")
@@ -586,7 +586,7 @@ def test_without_validation_the_last_epoch_is_kept_and_said(splits, encoder, tmp
     # A validation that always prefers what came last must keep the same weights.
     rising = iter(range(1, 9))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Validator, "__call__", lambda self, towers: dict.fromkeys(FIGURES, next(rising) / 10))
+        patch.setattr(Validator, "__call__", lambda self, towers: dict.fromkeys(METRIC_NAMES, next(rising) / 10))
         with_validation, expected = run(splits)
     assert with_validation.best_epoch == 3
     assert weights.keys() == expected.keys()

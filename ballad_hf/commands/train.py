@@ -110,7 +110,7 @@ def run(arguments: Arguments) -> None:
     from accelerate.utils import set_seed
 
     from .. import BalladForImageClassification, BalladTrainer, load_image_dataset
-    from ..evaluation.results import metrics_table
+    from ..evaluation.summary import metrics_table, verdict
 
     args = arguments.training
     set_seed(args.seed)
@@ -121,19 +121,22 @@ def run(arguments: Arguments) -> None:
     )
     trainer.prepare()
 
-    test = dataset.get("test", dataset.get("validation"))
-    stages = {"before training": trainer.predict(test)}
+    split = "test" if "test" in dataset else "validation" if "validation" in dataset else "train"
+    stages = {"before training": trainer.predict(dataset[split], split)}
     trainer.train_phase_a()
-    stages["phase A"] = trainer.predict(test)
+    stages["phase A"] = trainer.predict(dataset[split], split)
     trainer.train_phase_b()
-    stages["phase B"] = trainer.predict(test)
+    stages["phase B"] = trainer.predict(dataset[split], split)
 
-    results = trainer.save_results(stages, test, split="test" if "test" in dataset else "validation")
+    results = trainer.save_results(stages, dataset[split])
     folder = trainer.save_model()
     if trainer.accelerator.is_main_process:
-        print(f"\n{metrics_table(results)}\n\n{_USE_IT.format(folder=folder)}")
+        title = f"{arguments.data.dataset}: accuracy on {len(dataset[split])} {split} images, in percent"
+        print("\n\n".join(["", title, metrics_table(results), *verdict(results), _USE_IT.format(folder=folder)]))
     if args.push_to_hub:
-        print(f"Pushed to {trainer.push_to_hub()}")
+        address = trainer.push_to_hub()
+        if address is not None:
+            print(f"Pushed to {address}")
     trainer.accelerator.end_training()
 
 

@@ -45,8 +45,8 @@ class PhaseBResult:
     """The outcome of phase B.
 
     Args:
-        history: one entry per epoch: `epoch`, `learning_rate` at its start, `loss`, and the validation accuracies where
-            there was a validation table. Epoch 0 is the start.
+        history: one entry per epoch: `epoch`, `learning_rate` at its start, `loss`, and the validation accuracies
+            where there was a validation table. Epoch 0 is the start.
         best_epoch: the epoch whose adapter the model now has.
         validation: its accuracies on the validation table: `overall`, `mean_class`, `many`, `medium`, `few`.
         steps: steps taken.

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import socket
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +25,6 @@ _LOCK, _OWNER = ".run.lock", ".run.json"
 _MAY_CHANGE = (
     *("output_dir", "overwrite_output_dir", "resume", "num_workers", "eval_batch_size", "report_to", "run_name"),
     *("feature_cache_dir", "push_to_hub", "hub_", "phase_a_", "phase_b_", "adapter_ratio"),
-)
-_PACKAGES = (
-    *("ballad_hf", "torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface_hub"),
-    *("numpy", "pillow", "scikit-learn"),
 )
 # Locks of this process, which it keeps until it ends; the operating system releases those of a process that dies.
 _LOCKS: dict[Path, FileLock] = {}
@@ -83,17 +77,6 @@ def claim_run_directory(
     remove_leftovers(folder)
     write_yaml(record, dict(arguments))
     return folder
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on; absent packages are left out."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def _lock(folder: Path) -> None:

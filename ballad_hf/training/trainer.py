@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import torch
 from accelerate import Accelerator
-from transformers import TrainerCallback
+from accelerate.utils import gather_object
+from transformers import EvalPrediction, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
@@ -18,6 +21,7 @@ from ..data.transforms import train_transform
 from ..evaluation.evaluate import predict
 from ..evaluation.metrics import LongTailMetrics
 from ..evaluation.predictions import Predictions
+from ..evaluation.report import write_results
 from ..features.extraction import extract_features
 from ..features.table import FeatureTable
 from ..hub.model_card import render_model_card
@@ -30,6 +34,7 @@ from .phase_a_state import PhaseAResult
 from .phase_b import PhaseBResult, train_phase_b
 from .preflight import check_before_training
 from .run_directory import claim_run_directory
+from .validation import METRIC_NAMES
 
 
 if TYPE_CHECKING:
@@ -111,6 +116,7 @@ class BalladTrainer:
         )
         self.phase_a: PhaseAResult | None = None
         self.phase_b: PhaseBResult | None = None
+        self._card: Any = None
         self._is_prepared = False
         self._in_train = False
 
@@ -270,57 +276,117 @@ class BalladTrainer:
         dataset = self.eval_dataset if dataset is None else dataset
         if dataset is None:
             raise ValueError("There is nothing to evaluate: pass a dataset, or give the trainer an eval_dataset.")
-        metrics = self._metrics(dataset)
-        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items() if value is not None}
+        batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        keep = None
+        if self.compute_metrics is not None:
+
+            def keep(logits: torch.Tensor, rows: torch.Tensor) -> None:
+                batches.append((rows, logits.float().cpu()))
+
+        predictions = self.predict(dataset, on_logits=keep)
+        metrics = self._metrics(predictions)
+        values: dict[str, Any] = {name: getattr(metrics, name) for name in METRIC_NAMES}
+        if self.compute_metrics is not None:
+            logits = self._in_order(batches, len(predictions))
+            values |= self.compute_metrics(EvalPrediction(predictions=logits, label_ids=predictions.labels))
+        named = {f"{metric_key_prefix}_{name}": value for name, value in values.items() if value is not None}
         self.events.log(named)
         return named
 
-    def predict(self, dataset: Any) -> Predictions:
-        """The model's prediction for every image of a dataset, in its order."""
+    def predict(self, dataset: Any, split: str | None = None, **options: Any) -> Predictions:
+        """The model's prediction for every image of a dataset, in its order.
+
+        Args:
+            dataset: as `train_dataset`.
+            split: name of the split, such as `"test"`; reports and plots show it.
+            options: of [`predict`] in `ballad_hf.evaluation.evaluate`.
+        """
         return predict(
             self.model,
-            dataset,
+            as_image_dataset(dataset),
             self.processing_class,
+            split=split,
             batch_size=self.args.eval_batch_size,
             num_workers=self.args.num_workers,
             accelerator=self.accelerator,
+            **options,
         )
 
-    def save_model(self, output_dir: str | Path | None = None, card: Any = None) -> Path:
-        """Save a model directory: weights, config, processor and model card. Call it on every process.
+    def save_results(
+        self, predictions: Mapping[str, Predictions], dataset: Any = None, title: str | None = None
+    ) -> dict[str, LongTailMetrics]:
+        """Write metrics, plots, `report.html` and the model card of some stages to `args.output_dir`.
+
+        Args:
+            predictions: of each stage on the same images, in order, such as those before training and of each phase.
+            dataset: these images, for the report's mistakes.
+            title: default: the dataset's name in `run_arguments`.
+
+        Returns:
+            The metrics of each stage; on every process, which must all call this.
+        """
+        results = {stage: self._metrics(rows) for stage, rows in predictions.items()}
+        title = title or str(self.run_arguments.get("dataset", Path(self.args.output_dir).name))
+        if self.accelerator.is_main_process:
+            histories = {
+                name: phase.history
+                for name, phase in (("phase A", self.phase_a), ("phase B", self.phase_b))
+                if phase is not None
+            }
+            plots = write_results(
+                self.args.output_dir,
+                results,
+                predictions,
+                title=title,
+                dataset=None if dataset is None else as_image_dataset(dataset),
+                histories=histories,
+                arguments=self.run_arguments,
+                overwrite=True,
+            )
+            self._card = self.create_model_card(results, dataset_name=title, plots=plots)
+        self.accelerator.wait_for_everyone()
+        return results
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """Save a model directory: weights, config, processor and model card. Every process must call this.
 
         Args:
             output_dir: default: `args.output_dir`.
-            card: the model card; default: one without metrics.
+
+        Returns:
+            The folder.
         """
         folder = Path(output_dir or self.args.output_dir)
         if self.accelerator.is_main_process:
             save_model_directory(
-                folder,
                 self.model,
+                folder,
                 self.processing_class,
-                card=card or self.create_model_card(),
+                card=self._card,
                 arguments=self.run_arguments,
                 overwrite=True,
             )
         self.accelerator.wait_for_everyone()
         return folder
 
-    def create_model_card(self, results: Mapping[str, LongTailMetrics] | None = None, **details: Any) -> Any:
-        """A model card; see [`render_model_card`] for `details`."""
-        details = {"dataset_name": self.run_arguments.get("dataset", "images"), **details}
-        return render_model_card(
-            self.model,
-            results or {},
-            arguments=self.run_arguments,
-            seeds=self.args.seed,
-            train_dataset=self.train_dataset,
-            eval_dataset=self.eval_dataset,
-            **details,
-        )
+    def create_model_card(self, results: Mapping[str, LongTailMetrics], **details: Any) -> Any:
+        """A model card from measured results.
+
+        Args:
+            results: metrics by stage on the same images; the last is what the card reports.
+            details: of [`render_model_card`].
+        """
+        splits = {"train": self.train_dataset, "validation": self.eval_dataset}
+        options: dict[str, Any] = {
+            "dataset_name": str(self.run_arguments.get("dataset", "images")),
+            "arguments": self.run_arguments,
+            "datasets": {name: split for name, split in splits.items() if split is not None},
+            "seeds": self.args.seed,
+        }
+        return render_model_card(self.model, results, **options | details)
 
     def push_to_hub(self, repo_id: str | None = None, **options: Any) -> str | None:
-        """Push the saved model directory to the Hub; save it first where that was not done.
+        """Save the model directory and push it to the Hub. Every process must call this.
 
         Args:
             repo_id: `owner/name`; default: `args.repo_id`.
@@ -329,9 +395,7 @@ class BalladTrainer:
         Returns:
             The repository's address on the main process, `None` on the others.
         """
-        folder = Path(self.args.output_dir)
-        if not (folder / "config.json").is_file():
-            self.save_model()
+        folder = self.save_model()
         if not self.accelerator.is_main_process:
             return None
         options.setdefault("private", self.args.hub_private or None)
@@ -342,11 +406,18 @@ class BalladTrainer:
             raise ValueError("There is nothing to train on: give the trainer a train_dataset.")
         return self.train_dataset
 
-    def _metrics(self, dataset: Any) -> dict[str, float | None]:
-        predictions = self.predict(dataset)
+    def _metrics(self, predictions: Predictions) -> LongTailMetrics:
         config = self.model.config
-        metrics = LongTailMetrics.from_predictions(predictions, config.class_counts, config.class_names)
-        return metrics.headline()
+        return LongTailMetrics.from_predictions(predictions, config.class_counts, config.class_names)
+
+    def _in_order(self, batches: list[tuple[torch.Tensor, torch.Tensor]], images: int) -> np.ndarray:
+        """Logits (images, classes) from the batches of all processes, which hold rows in any order."""
+        if self.accelerator.num_processes > 1:
+            batches = gather_object(batches)
+        logits = torch.empty(images, self.model.config.num_labels)
+        for rows, values in batches:
+            logits[rows] = values
+        return logits.numpy()
 
     def _end_unless_in_train(self) -> None:
         if not self._in_train:
