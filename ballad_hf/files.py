@@ -100,8 +100,12 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             _sync(file)
         _sync(temporary)
         if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+            old = _staging_path(path.with_name(f"{path.name}.old"))
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -49,7 +49,7 @@ LOSSES = ("contrastive", "class_prompt", "balanced_softmax", "logit_adjustment")
 RIVALS = ("zero_shot", "logit_adjusted", "nearest_mean", "linear", "tau_norm", "crt", "lws", "cosine")
 PHASE_B = ("phase_b_official", "phase_b", "phase_b_tuned", "phase_b_wide")
 TEMPLATE = "a photo of a {}."
-FIGURES = ("overall", "many", "medium", "few", "worst_class")
+METRIC_NAMES = ("overall", "many", "medium", "few", "worst_class")
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def adapter_metrics(model: BalladForImageClassification, table: FeatureTable) ->
 def figures(validation: LongTailMetrics, test: LongTailMetrics) -> dict[str, Any]:
     """What is kept of both parts."""
     return {
-        part: {name: getattr(metrics, name) for name in ("mean_class", *FIGURES)}
+        part: {name: getattr(metrics, name) for name in ("mean_class", *METRIC_NAMES)}
         for part, metrics in (("validation", validation), ("test", test))
     }
 
@@ -297,7 +297,7 @@ def summary(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], towe
     heading = "overall | many | medium | few | worst class | validation | seconds | MiB"
     lines = [f"| phase A | head | {heading} |", "|---|---|" + "---:|" * 8]
     for (loss, method), runs in results.items():
-        cells = [spread([run["test"][name] for run in runs]) for name in FIGURES]
+        cells = [spread([run["test"][name] for run in runs]) for name in METRIC_NAMES]
         cells.append(spread([run["validation"]["mean_class"] for run in runs]))
         cells.append(f"{statistics.mean(run['seconds'] for run in runs):.1f}")
         cells.append(highest(runs))

@@ -14,7 +14,12 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 from ballad_hf import BalladForImageClassification
-from ballad_hf.hub.model_directory import check_model_directory, check_output_dir, save_model_directory
+from ballad_hf.hub.model_directory import (
+    check_model_directory,
+    check_output_dir,
+    installed_versions,
+    save_model_directory,
+)
 
 from .conftest import files_up_to
 
@@ -186,3 +191,7 @@ def test_every_shard_is_checked(saved, tiny_ballad):
     shards[-1].unlink()
     with pytest.raises(FileNotFoundError, match=shards[-1].name):
         check_model_directory(saved)
+
+
+def test_versions_name_what_a_result_depends_on():
+    assert {"python", "ballad_hf", "torch", "transformers", "accelerate"} <= installed_versions().keys()

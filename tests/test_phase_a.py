@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import math
 import shutil
 import signal
@@ -12,21 +11,23 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ballad_hf import BalladForImageClassification, train_phase_a
 from ballad_hf.data import transforms
 from ballad_hf.data.picture_stores import ArrayPictures
-from ballad_hf.data.splits import ImageSplit, Splits
+from ballad_hf.data.splits import ImageSplit
 from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
 from ballad_hf.models.tiny_clip import build_tiny_clip
-from ballad_hf.training import phase_a_loop
-from ballad_hf.training.arguments import PhaseAArguments
-from ballad_hf.training.checkpointing import TrainingInterrupted
+from ballad_hf.training import phase_a
+from ballad_hf.training.arguments import BalladTrainingArguments, PhaseAArguments
+from ballad_hf.training.callbacks import TrainingEvents
 from ballad_hf.training.losses import NonFiniteLossError
 from ballad_hf.training.optimization import tower_of
 from ballad_hf.training.phase_a_setup import set_up_phase_a
 from ballad_hf.training.phase_a_state import PhaseAResult
-from ballad_hf.training.validation import FIGURES, Validator, encode_classes
+from ballad_hf.training.signals import TrainingInterrupted
+from ballad_hf.training.validation import METRIC_NAMES, Validator, encode_classes
 
 
 pytestmark = pytest.mark.numeric
@@ -35,18 +36,24 @@ NAMES = ["red", "green", "blue"]
 COUNTS = [20, 8, 4]
 
 
-def coloured(counts, seed):
-    """Pictures that are mostly red, green or blue."""
+def coloured(counts, seed, names=NAMES):
+    """Images that are mostly red, green or blue."""
     generator = np.random.default_rng(seed)
     labels = np.repeat(np.arange(3), counts)
     pixels = generator.integers(0, 120, (len(labels), 24, 24, 3), dtype=np.uint8)
     pixels[np.arange(len(labels)), :, :, labels] += 130
-    return ImageSplit(ArrayPictures(pixels, "colours"), labels, NAMES)
+    return ImageSplit(ArrayPictures(pixels, "colours"), labels, names)
+
+
+@dataclasses.dataclass
+class Splits:
+    train: ImageSplit
+    validation: ImageSplit | None
 
 
 @pytest.fixture(scope="module")
 def splits():
-    return Splits(train=coloured(COUNTS, 0), validation=coloured([4, 4, 4], 1), test=None, class_names=NAMES, name="c")
+    return Splits(coloured(COUNTS, 0), coloured([4, 4, 4], 1))
 
 
 @pytest.fixture
@@ -64,9 +71,8 @@ def arguments(**changes):
 
 
 def trained(model, splits, encoder, told, **options) -> PhaseAResult:
-    return train_phase_a(
-        model, splits, encoder.tokenizer, encoder.image_processor, told, **{"progress": False, **options}
-    )
+    options = {"eval_dataset": splits.validation, "progress": False, **options}
+    return train_phase_a(model, splits.train, encoder, told, **options)
 
 
 def copy_of(module):
@@ -102,7 +108,7 @@ def test_pictures_are_compared_with_the_models_own_class_embeddings(model, split
     descriptions = {"green": ["grass", "leaves in spring", "moss"], "red": ["blood"]}
     model.set_class_names(NAMES, encoder.tokenizer, ["a {}", "one {}"], descriptions=descriptions)
     setup = set_up_phase_a(
-        model, splits, encoder.tokenizer, encoder.image_processor, arguments(train=train), Accelerator(), 0, 0, 8
+        model, splits.train, encoder, arguments(train=train), Accelerator(), eval_dataset=splits.validation
     )
     for part in (setup.gradients, setup.validator):
         embeds = part.frozen_embeds if train == "image" else encode_classes(setup.towers, part.texts)
@@ -230,10 +236,10 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(model, splits, encoder
     assert result.steps == 4 * (len(scores) - 1)
     if best == 0:
         assert not changed(before, model.clip)
-        assert "which is kept" in caplog.text
+        assert "initial weights were kept" in caplog.text
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_pictures(model, splits, encoder, tmp_path):
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_images(model, splits, encoder, tmp_path):
     with pytest.raises(NonFiniteLossError) as caught:
         trained(
             model,
@@ -244,7 +250,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_pictures(model, s
         )
     message = str(caught.value)
     assert "at a learning rate of 1e+30" in message
-    assert "on the training pictures [" in message
+    assert "on the training images [" in message
     assert "The last checkpoint is" in message
     assert (tmp_path / "phase_a" / "step-0000000000" / "tensors.safetensors").is_file()
 
@@ -259,7 +265,7 @@ def test_the_tail_guard(model, splits, encoder, mode, monkeypatch, caplog):
         way = (towers.clip.visual_projection.weight - before["visual_projection.weight"]).norm().item()
         ways.append(way)
         few = 0.5 if way <= 0.55 * max(ways) else 0.4
-        return {**dict.fromkeys(FIGURES, None), "mean_class": 0.3 + way / 1000, "few": few}
+        return {**dict.fromkeys(METRIC_NAMES, None), "mean_class": 0.3 + way / 1000, "few": few}
 
     monkeypatch.setattr(Validator, "__call__", figures)
     told = arguments(epochs=4, tail_guard=mode, learning_rate=1e-2, schedule="constant")
@@ -394,30 +400,125 @@ def test_low_rank_updates_of_one_tower_alone_are_said(encoder, caplog):
         LowRankUpdates(CLIPResNetModel(config), "image", rank=2)
 
 
-def test_a_tracker_is_told(model, splits, encoder, tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path, cpu=True)
-    result = trained(model, splits, encoder, arguments(logging_steps=2), accelerator=accelerator)
-    log = events.EventAccumulator(str(next(tmp_path.rglob("events*")).parent))
-    log.Reload()
-    scalars = log.Tags()["scalars"]
-    assert {"phase_a/loss", "phase_a/learning_rate", "phase_a/validation/mean_class"} <= set(scalars)
-    assert [event.step for event in log.Scalars("phase_a/loss")] == [1, 3, 5, 7]
-    last = log.Scalars("phase_a/validation/mean_class")[-1]
-    assert last.value == pytest.approx(result.history[-1]["mean_class"])
+def test_a_callback_that_fails_ends_the_training(model, splits, encoder):
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("no network")
+
+    with pytest.raises(RuntimeError, match="no network"):
+        trained(model, splits, encoder, arguments(), callbacks=[Fails])
 
 
-def test_on_checkpoint_is_told_and_may_fail(model, splits, encoder, tmp_path, caplog):
-    told = []
+def test_callbacks_see_every_event_with_a_true_state(model, splits, encoder, tmp_path):
+    seen = []
 
-    def fails(path):
-        told.append(path.name)
-        json.loads((path / "state.json").read_text())
-        raise RuntimeError("no network")
+    class Records(TrainerCallback):
+        def __getattribute__(self, name):
+            if not name.startswith("on_"):
+                return super().__getattribute__(name)
 
-    trained(model, splits, encoder, arguments(checkpoint_every_steps=3), output_dir=tmp_path, on_checkpoint=fails)
-    assert {"step-0000000000", "step-0000000003", "step-0000000006"} <= set(told)
-    assert "no network" in caplog.text
+            def record(args, state, control, **passed):
+                seen.append((name, state.global_step, passed))
+
+            return record
+
+    result = trained(model, splits, encoder, arguments(logging_steps=3), callbacks=[Records], output_dir=tmp_path)
+    events = [name for name, _, _ in seen]
+    assert (events[0], events[-1]) == ("on_train_begin", "on_train_end")
+    assert [step for name, step, _ in seen if name == "on_step_end"] == list(range(1, 9))
+    assert [step for name, step, _ in seen if name == "on_evaluate"] == [0, 4, 8]
+    assert [step for name, step, _ in seen if name == "on_save"] == [0, 4, 8]
+    assert [step for name, step, passed in seen if name == "on_log" and "loss" in passed["logs"]] == [3, 6]
+    assert (events.count("on_epoch_begin"), events.count("on_epoch_end")) == (2, 2)
+    evaluations = [passed for name, _, passed in seen if name == "on_evaluate"]
+    for passed, entry in zip(evaluations, result.history, strict=True):
+        assert passed["metrics"]["eval_mean_class"] == entry["mean_class"]
+        assert passed["model"] is model
+    saved = [passed["checkpoint"] for name, _, passed in seen if name == "on_save"]
+    assert saved[-1] == tmp_path / "phase_a" / "step-0000000008"
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_callback_stops_the_phase_after_its_step(model, splits, encoder, step):
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == step
+            return control
+
+    result = trained(model, splits, encoder, arguments(), callbacks=[Stops])
+    assert result.steps == step
+    assert [entry["step"] for entry in result.history] == [0, step]
+
+
+def test_a_callback_asks_for_a_checkpoint(model, splits, encoder, tmp_path):
+    class Saves(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = state.global_step == 3
+
+    told = arguments(keep_checkpoints=9)
+    trained(model, splits, encoder, told, callbacks=[Saves], output_dir=tmp_path)
+    steps = [int(path.name.removeprefix("step-")) for path in sorted((tmp_path / "phase_a").glob("step-*"))]
+    assert steps == [0, 3, 4, 8]
+
+
+def test_early_stopping_of_transformers_stops_and_its_patience_survives_a_resume(splits, encoder, tmp_path):
+    """Every validation scores alike, so the third one without a gain is the last, interrupted or not."""
+    start = copy_of(encoder.clip)
+    args = BalladTrainingArguments(str(tmp_path))
+
+    def run(folder, stop_at=None, resume=None):
+        encoder.clip.load_state_dict(start)
+        model = BalladForImageClassification.from_dual_encoder(encoder.clip, NAMES, encoder.tokenizer)
+
+        class Interrupts(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == stop_at:
+                    signal.raise_signal(signal.SIGTERM)
+
+        accelerator = Accelerator()
+        events = TrainingEvents([EarlyStoppingCallback(3), Interrupts], args, accelerator, model)
+        told = arguments(epochs=9, learning_rate=1e-12, optimizer="sgd")
+        return trained(
+            model, splits, encoder, told, callbacks=events, output_dir=folder, resume_from_checkpoint=resume
+        )
+
+    assert run(tmp_path / "whole").steps == 3 * 4
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path / "cut", stop_at=9)
+    assert run(tmp_path / "cut", resume=True).steps == 3 * 4
+
+
+def test_a_checkpoint_of_weights_that_are_not_finite_is_not_saved(model, splits, encoder, tmp_path, caplog):
+    class Poisons(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 6:
+                model.clip.visual_projection.weight.data[0, 0] = float("nan")
+                control.should_save = True
+
+    with pytest.raises(NonFiniteLossError, match="step-0000000004"):
+        trained(model, splits, encoder, arguments(), callbacks=[Poisons], output_dir=tmp_path)
+    assert "state after step 6 is not finite" in caplog.text
+
+
+def test_after_a_divergence_the_learning_rate_may_be_lowered(model, splits, encoder, tmp_path):
+    start = copy_of(model.clip)
+    wild = arguments(epochs=4, learning_rate=1e30, optimizer="sgd", schedule="constant")
+    calm = dataclasses.replace(wild, learning_rate=1e-3)
+    with pytest.raises(NonFiniteLossError):
+        trained(model, splits, encoder, wild, output_dir=tmp_path)
+    model.clip.load_state_dict(start)
+    result = trained(model, splits, encoder, calm, output_dir=tmp_path, resume_from_checkpoint=True)
+    assert result.steps == 16
+    model.clip.load_state_dict(start)
+    with pytest.raises(ValueError, match="batch_size was 8 and is 4"):
+        trained(
+            model,
+            splits,
+            encoder,
+            dataclasses.replace(calm, batch_size=4),
+            output_dir=tmp_path,
+            resume_from_checkpoint=True,
+        )
 
 
 @pytest.mark.parametrize("sampler", ["class_aware", "power", "progressive"])
@@ -448,8 +549,7 @@ def test_a_loss_corrects_what_the_sampler_leaves(splits, encoder):
 
 def test_the_loss_follows_a_progressive_sampler(model, splits, encoder):
     told = arguments(epochs=3, sampler="progressive", loss="balanced_softmax")
-    processors = (encoder.tokenizer, encoder.image_processor)
-    setup = set_up_phase_a(model, splits, *processors, told, Accelerator(cpu=True), 0, 0, 16)
+    setup = set_up_phase_a(model, splits.train, encoder, told, Accelerator(cpu=True))
     shares = {0: [20 / 32, 8 / 32, 4 / 32], 2: [1 / 3, 1 / 3, 1 / 3]}
     for epoch, expected in shares.items():
         setup.start_epoch(epoch)
@@ -460,11 +560,11 @@ def test_the_loss_follows_a_progressive_sampler(model, splits, encoder):
 def test_bad_input_is_named(model, splits, encoder):
     with pytest.raises(ValueError, match="An epoch of 32 rows is shorter than one global batch of 64"):
         trained(model, splits, encoder, arguments(batch_size=64))
-    other = dataclasses.replace(splits, class_names=["red", "green", "yellow"])
+    other = coloured(COUNTS, 0, ["red", "green", "yellow"])
     with pytest.raises(ValueError, match="call model.set_class_names"):
-        trained(model, other, encoder, arguments())
+        trained(model, Splits(other, None), encoder, arguments())
     with pytest.raises(ValueError, match="there is no output_dir"):
-        trained(model, splits, encoder, arguments(), resume="auto")
+        trained(model, splits, encoder, arguments(), resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="metric_for_best is 'many'"):
         trained(model, splits, encoder, arguments(metric_for_best="many"))
 
@@ -486,7 +586,7 @@ def test_without_validation_the_last_epoch_is_kept_and_said(splits, encoder, tmp
     # A validation that always prefers what came last must keep the same weights.
     rising = iter(range(1, 9))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Validator, "__call__", lambda self, towers: dict.fromkeys(FIGURES, next(rising) / 10))
+        patch.setattr(Validator, "__call__", lambda self, towers: dict.fromkeys(METRIC_NAMES, next(rising) / 10))
         with_validation, expected = run(splits)
     assert with_validation.best_epoch == 3
     assert weights.keys() == expected.keys()
@@ -522,7 +622,7 @@ def test_each_validation_is_a_line_in_the_log(model, splits, encoder, caplog):
 def test_a_stopped_run_speaks_after_its_bar_is_closed(model, splits, encoder, monkeypatch):
     said: list[str] = []
 
-    class Bar(phase_a_loop.tqdm):
+    class Bar(phase_a.tqdm):
         def update(self, steps=1):
             signal.raise_signal(signal.SIGTERM)
 
@@ -530,8 +630,8 @@ def test_a_stopped_run_speaks_after_its_bar_is_closed(model, splits, encoder, mo
             said.append("the bar is closed")
             super().close()
 
-    monkeypatch.setattr(phase_a_loop, "tqdm", Bar)
-    monkeypatch.setattr(phase_a_loop.logger, "warning", said.append)
+    monkeypatch.setattr(phase_a, "tqdm", Bar)
+    monkeypatch.setattr(phase_a.logger, "warning", said.append)
     with pytest.raises(TrainingInterrupted):
         trained(model, splits, encoder, arguments())
     first, second = said[:2]

@@ -1,6 +1,5 @@
 """Phase A over real processes, and after real kills: the weights are those of one process that nobody stopped."""
 
-import dataclasses
 import multiprocessing
 import os
 import signal
@@ -11,13 +10,12 @@ import torch
 from accelerate import Accelerator, debug_launcher
 from torch.multiprocessing import ProcessExitedException
 
-from ballad_hf import BalladForImageClassification, train_phase_a
+from ballad_hf import BalladForImageClassification, files, train_phase_a
 from ballad_hf.data.picture_stores import ArrayPictures
-from ballad_hf.data.splits import ImageSplit, Splits
+from ballad_hf.data.splits import ImageSplit
 from ballad_hf.models.tiny_clip import build_tiny_clip
-from ballad_hf.training import checkpointing
 from ballad_hf.training.arguments import PhaseAArguments
-from ballad_hf.training.phase_a_loop import PhaseALoop
+from ballad_hf.training.phase_a import PhaseALoop
 
 
 pytestmark = pytest.mark.numeric
@@ -31,7 +29,7 @@ def noisy(counts, seed):
     return ImageSplit(ArrayPictures(pixels, "noise"), labels, NAMES)
 
 
-def run(folder, file, options, resume="never", accelerator=None):
+def run(folder, file, options, resume=None, accelerator=None):
     """Train, and leave the weights and the history in `file`; for one process or one of several."""
     torch.set_num_threads(1)
     accelerator = accelerator or Accelerator(cpu=True)
@@ -40,20 +38,17 @@ def run(folder, file, options, resume="never", accelerator=None):
         encoder.clip, NAMES, encoder.tokenizer, logit_scale=options.pop("logit_scale", None)
     )
     model.set_class_names(NAMES, encoder.tokenizer, descriptions=options.pop("descriptions", None))
-    validation = noisy([2, 2, 1], 1)
-    splits = Splits(noisy([20, 8, 4], 0), validation, None, NAMES, "noise")
-    if options.pop("without_validation", False):
-        splits = dataclasses.replace(splits, validation=None)
+    eval_dataset = None if options.pop("without_validation", False) else noisy([2, 2, 1], 1)
     told = PhaseAArguments(**{"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, **options})
     result = train_phase_a(
         model,
-        splits,
-        encoder.tokenizer,
-        encoder.image_processor,
+        noisy([20, 8, 4], 0),
+        encoder,
         told,
+        eval_dataset=eval_dataset,
         accelerator=accelerator,
         output_dir=folder,
-        resume=resume,
+        resume_from_checkpoint=resume,
         progress=False,
     )
     if accelerator.is_main_process:
@@ -142,7 +137,7 @@ def kill_in_step(step):
 
 def kill_while_writing(nth):
     """The process dies in the `nth` sync of a checkpoint's files: half of it is written."""
-    whole, count = checkpointing._sync, [0]
+    whole, count = files._sync, [0]
 
     def dies(path):
         count[0] += 1
@@ -150,7 +145,7 @@ def kill_while_writing(nth):
             os.kill(os.getpid(), signal.SIGKILL)
         whole(path)
 
-    checkpointing._sync = dies
+    files._sync = dies
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -173,10 +168,10 @@ def test_killed_and_resumed_is_bit_for_bit_what_never_stopped(tmp_path, processe
         (kill_while_writing, 3),
         (kill_in_step, 10),
     ]
-    arguments = (tmp_path / "run", tmp_path / "result", dict(options), "auto")
+    arguments = (tmp_path / "run", tmp_path / "result", dict(options), True)
     for how, where in kills if processes == 1 else kills[1::2]:
         monkeypatch.setattr(PhaseALoop, "_train_step", PhaseALoop._train_step)  # puts the whole one back afterwards
-        monkeypatch.setattr(checkpointing, "_sync", checkpointing._sync)
+        monkeypatch.setattr(files, "_sync", files._sync)
         how(where)
         if processes == 1:
             assert launch(1, *arguments) == -signal.SIGKILL
@@ -218,16 +213,16 @@ def test_a_signal_saves_and_leaves_with_its_status(tmp_path, number, monkeypatch
         "step-0000000006",
         "step-0000000007",
     )
-    launch(1, tmp_path / "run", tmp_path / "result", {}, "auto")
+    launch(1, tmp_path / "run", tmp_path / "result", {}, True)
     found, expected = read(tmp_path / "result"), read(tmp_path / "expected")
     assert all(torch.equal(found["weights"][name], value) for name, value in expected["weights"].items())
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path):
     run(tmp_path / "run", tmp_path / "result", {"epochs": 1})
-    with pytest.raises(ValueError, match=r"of another run: learning_rate was 0.01 and is 0.5. Give the same"):
-        run(tmp_path / "run", tmp_path / "result", {"epochs": 1, "learning_rate": 0.5}, "auto")
-    with pytest.raises(ValueError, match="of another run: class prompts was"):
-        run(tmp_path / "run", tmp_path / "result", {"epochs": 1, "descriptions": {"red": ["blood"]}}, "auto")
-    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
+    with pytest.raises(ValueError, match=r"belongs to another run: learning_rate was 0.01 and is 0.5. Use the same"):
+        run(tmp_path / "run", tmp_path / "result", {"epochs": 1, "learning_rate": 0.5}, True)
+    with pytest.raises(ValueError, match="belongs to another run: class prompts was"):
+        run(tmp_path / "run", tmp_path / "result", {"epochs": 1, "descriptions": {"red": ["blood"]}}, True)
+    with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
         run(tmp_path / "run", tmp_path / "result", {"epochs": 1}, tmp_path / "nothing")

@@ -10,7 +10,7 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
-from ballad_hf.training.phase_a_loop import PhaseALoop
+from ballad_hf.training.phase_a import PhaseALoop
 
 from .test_phase_a_processes import flat, launch, read, run
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.numeric
 
 @pytest.fixture(autouse=True)
 def _the_last_is_the_best(monkeypatch):
-    """Pictures of noise teach nothing, and the start would be kept: what is compared must have been trained."""
+    """Images of noise teach nothing, and the start would be kept: what is compared must have been trained."""
     monkeypatch.setattr(PhaseALoop, "_score", lambda self, figures: self.state.step)
 
 
@@ -40,7 +40,7 @@ def sharding_accelerator(version=2):
     return accelerator
 
 
-def run_sharded(folder, file, options, resume="never", stop_after=None):
+def run_sharded(folder, file, options, resume=None, stop_after=None):
     """`run`, after every weight was found to be a shard; it ends before the step `stop_after`, as a fault would."""
     whole = PhaseALoop.train
 
@@ -96,7 +96,7 @@ def test_shards_train_to_the_weights_of_one_process(tmp_path, options):
 def test_sharded_and_resumed_is_bit_for_bit_what_never_stopped(tmp_path):
     options = {"optimizer": "adamw", "ema_decay": 0.9, "checkpoint_every_steps": 3}
     debug_launcher(run_sharded, args=(None, tmp_path / "whole", dict(options)), num_processes=2)
-    arguments = (tmp_path / "run", tmp_path / "resumed", dict(options), "auto", 5)
+    arguments = (tmp_path / "run", tmp_path / "resumed", dict(options), True, 5)
     debug_launcher(run_sharded, args=arguments, num_processes=2)
     assert not (tmp_path / "resumed").exists()
     debug_launcher(run_sharded, args=arguments[:-1], num_processes=2)

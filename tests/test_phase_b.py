@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import TrainerCallback
 
 from ballad_hf import ClassAwareSampler, FeatureTable, load_splits, train_phase_b
 from ballad_hf.data.samplers import ClassWeightSampler, InstanceSampler
@@ -232,8 +233,8 @@ def test_no_epochs_leave_the_adapter_as_it_is(tiny_ballad):
 def test_small_data_still_gets_some_steps_an_epoch(tiny_ballad):
     assert train_phase_b(tiny_ballad, table_for(tiny_ballad)).steps == 10 * 4
     assert train_phase_b(tiny_ballad, table_for(tiny_ballad, (1, 1, 1, 0, 0))).steps == 10 * 3
-    assert PhaseBArguments().rows_a_step(100_000) == 512
-    assert PhaseBArguments(batch_size=64).rows_a_step(100) == 64
+    assert PhaseBArguments().rows_per_step(100_000) == 512
+    assert PhaseBArguments(batch_size=64).rows_per_step(100) == 64
 
 
 def test_training_counts_go_into_the_model(tiny_ballad):
@@ -371,3 +372,22 @@ def test_half_precision_rows_are_trained_in_float32():
 def test_occurrence_counts_what_stood_before(values):
     expected = [values[:at].count(value) for at, value in enumerate(values)]
     assert _occurrence(np.array(values)).tolist() == expected
+
+
+def test_callbacks_see_epochs_and_may_stop_the_phase(tiny_ballad):
+    table = table_for(tiny_ballad)
+    seen = []
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(state.global_step)
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            seen.append(sorted(metrics))
+            control.should_training_stop = state.epoch == 2
+
+    args = PhaseBArguments(epochs=5, batch_size=16)
+    result = train_phase_b(tiny_ballad, table, args, eval_table=table, callbacks=[Stops], progress=False)
+    assert [entry["epoch"] for entry in result.history] == [0, 1, 2]
+    assert [step for step in seen if isinstance(step, int)] == list(range(1, result.steps + 1))
+    assert "eval_mean_class" in seen[0]

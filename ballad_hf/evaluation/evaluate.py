@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -118,6 +118,7 @@ def predict(
     logit_shift: torch.Tensor | None = None,
     accelerator: Accelerator | None = None,
     unknown: bool = False,
+    on_logits: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     progress: bool = True,
 ) -> Predictions:
     """Predict every image of a dataset, in dataset order. The arguments are those of [`evaluate`].
@@ -125,6 +126,8 @@ def predict(
     Args:
         unknown: the images show none of the model's classes: their labels are ignored and become -1. Concatenated with
             the predictions of known images, they are the input of `open_set_metrics`.
+        on_logits: called with the logits (batch, classes) and the rows (batch,) of each batch of this process; a row
+            may come twice.
 
     Returns:
         Predictions that can be saved, plotted, compared with another model's, or turned into metrics.
@@ -153,7 +156,13 @@ def predict(
         transform = evaluation_transform(getattr(processing_class, "image_processor", processing_class))
     if transform is not None:
         dataset = dataset.with_transform(transform)
-    shard = list(_predict_shard(model, dataset, batch_size, num_workers, logit_shift, accelerator, unknown, progress))
+    shard = []
+    for predictions, logits in _predict_shard(
+        model, dataset, batch_size, num_workers, logit_shift, accelerator, unknown, progress
+    ):
+        shard.append(predictions)
+        if on_logits is not None:
+            on_logits(logits, torch.from_numpy(predictions.index))
     return _gathered(shard, len(dataset), accelerator).of_split(dataset.fingerprint(), split)
 
 
@@ -234,8 +243,8 @@ def _predict_shard(
     accelerator: Accelerator | None,
     unknown: bool,
     progress: bool,
-) -> Iterator[Predictions]:
-    """Predictions for this process's shard of the dataset, one batch at a time."""
+) -> Iterator[tuple[Predictions, torch.Tensor]]:
+    """Predictions and logits for this process's shard of the dataset, one batch at a time."""
     process, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     # Shards of equal length, since the forward pass of a sharded model is a collective; duplicate rows count once.
     shard = [row % len(dataset) for row in range(process, -(-len(dataset) // processes) * processes, processes)]
@@ -251,7 +260,8 @@ def _predict_shard(
             with autocast():
                 logits = _logits(model, batch["pixel_values"].to(device, non_blocking=True))
             labels = torch.full_like(batch["labels"], -1) if unknown else batch["labels"]
-            yield _checked_rows(_shifted(logits, logit_shift), labels, batch["index"], unknown)
+            logits = _shifted(logits, logit_shift)
+            yield _checked_rows(logits, labels, batch["index"], unknown), logits
 
 
 def _logits(model, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,7 @@ from ..evaluation.intervals import confidence_intervals
 from ..evaluation.metrics import GROUPS, LongTailMetrics
 from ..evaluation.summary import ABSENT, COLUMNS, FURTHER, images_of, names_of, percent, verdict
 from ..models.modeling_ballad import BalladForImageClassification
-from ..training.run_folder import installed_versions
-from .model_directory import LAYOUT
+from .model_directory import LAYOUT, installed_versions
 
 
 if TYPE_CHECKING:

@@ -10,9 +10,11 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,18 @@ from transformers.utils import logging
 
 from ..files import StagingFolder, explain_full_disk, remove_staging_folders
 from ..models.modeling_ballad import BalladForImageClassification
-from ..training.run_folder import installed_versions
 
 
 logger = logging.get_logger(__name__)
 
 # Hidden folders: of a save, of a checkpoint that waits for its upload, and of a save by version 0.1.
 _STAGING, HELD_CHECKPOINTS, _STAGING_0_1 = ".saving-", ".push-", ".bundle-"
+
+
+_PACKAGES = (
+    *("ballad_hf", "torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface_hub"),
+    *("numpy", "pillow", "scikit-learn"),
+)
 
 
 @dataclass(frozen=True)
@@ -248,6 +255,17 @@ def check_model_directory(folder: str | Path) -> None:
 def run_record(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Content of `training_arguments.json`: the arguments, their seed, and the versions of the libraries."""
     return {"arguments": _plain(arguments), "seed": arguments.get("seed"), "versions": installed_versions()}
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on; absent packages are left out."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 def _write_model(

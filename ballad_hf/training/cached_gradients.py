@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from .checkpointing import random_state, restore_random_state
+from .checkpoints import random_state, restore_random_state
 from .collectives import gather_rows
 from .losses import ClassificationLoss, contrastive_loss
 from .towers import ClassTexts, TextShare, TowerFeatures, class_embeddings

@@ -1,4 +1,4 @@
-"""Everything a run of phase A needs before its first step, from what it was told."""
+"""Everything that a run of phase A needs before its first step: towers, optimizer, loader, gradients, validator."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..data.loaders import train_loader
 from ..data.prompts import ClassPrompts
 from ..data.samplers import build_sampler
+from ..data.transforms import CropSchedule, evaluation_transform, train_transform
 from .arguments import PhaseAArguments
 from .cached_gradients import Objective, StepGradients
 from .ema import WeightAverage
@@ -32,13 +34,13 @@ from .validation import Validator, encode_classes
 
 
 if TYPE_CHECKING:
-    from ..data.splits import Splits
+    from ..data.image_dataset import ImageDataset
     from ..models.modeling_ballad import BalladForImageClassification
 
 logger = logging.get_logger(__name__)
 
-# A prompt of ten tokens needs a small part of the memory of a picture of 200 patches.
-_PROMPTS_FOR_A_PICTURE = 8
+# A prompt of ten tokens needs a small part of the memory of an image of 200 patches.
+_PROMPTS_PER_IMAGE = 8
 
 
 @dataclass
@@ -51,9 +53,9 @@ class PhaseASetup:
         optimizer: prepared too.
         loader: this process's batches.
         sampler: the global order of rows.
-        labels: (rows,) of the training part.
+        labels: (rows,) of the training split.
         gradients: adds up a step's gradients.
-        validator: `None` without a validation part.
+        validator: `None` without a validation split.
         low_rank: the LoRA updates, or `None`.
         average: the EMA of the weights, or `None`.
         steps_per_epoch: global batches of an epoch.
@@ -79,7 +81,7 @@ class PhaseASetup:
 
     @property
     def plain_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer without accelerate's cover."""
+        """The optimizer without accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def start_epoch(self, epoch: int) -> None:
@@ -101,16 +103,17 @@ class PhaseASetup:
 
 def set_up_phase_a(
     model: BalladForImageClassification,
-    splits: Splits,
-    tokenizer: PreTrainedTokenizerBase,
-    image_processor: Any,
-    arguments: PhaseAArguments,
+    train_dataset: ImageDataset,
+    processing_class: Any,
+    args: PhaseAArguments,
     accelerator: Accelerator,
-    seed: int,
-    num_workers: int,
-    eval_batch_size: int,
+    *,
+    eval_dataset: ImageDataset | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
+    eval_batch_size: int = 128,
 ) -> PhaseASetup:
-    """Freeze, wrap, group and shard.
+    """Freeze, wrap, group and shard; see [`train_phase_a`] for the args.
 
     Raises:
         ValueError: a batch size that the processes can't share, an epoch shorter than a batch, nothing to train, what
@@ -118,34 +121,38 @@ def set_up_phase_a(
     """
     is_sharded = accelerator.distributed_type == DistributedType.FSDP
     if is_sharded:
-        _check_sharding(accelerator, arguments)
+        _check_sharding(accelerator, args)
     clip = copy_to_shard(model.clip) if is_sharded else model.clip
     clip.to(accelerator.device)
-    low_rank = _choose_what_is_trained(clip, arguments, model.config.logit_scale)
-    if arguments.activation_checkpointing:
+    low_rank = _choose_what_is_trained(clip, args, model.config.logit_scale)
+    if args.activation_checkpointing:
         clip.activation_checkpointing_enable()
-    if arguments.torch_compile:
+    if args.torch_compile:
         compile_towers(clip)
-    _check_batch_size(arguments.batch_size, accelerator.num_processes)
+    _check_batch_size(args.batch_size, accelerator.num_processes)
     sampler = build_sampler(
-        arguments.sampler, splits.train.labels, epochs=arguments.epochs, multiple_of=arguments.batch_size, seed=seed
+        args.sampler, train_dataset.labels, epochs=args.epochs, multiple_of=args.batch_size, seed=seed
     )
-    loader = _loader(splits.train, sampler, image_processor, arguments, accelerator, seed, num_workers)
-    optimizer = build_optimizer(clip, arguments)
+    loader = _loader(train_dataset, sampler, processing_class.image_processor, args, accelerator, seed, num_workers)
+    optimizer = build_optimizer(clip, args)
     towers, optimizer = accelerator.prepare(TrainableTowers(clip, model.config.logit_scale), optimizer)
     if is_sharded:
         # By default what the root holds stays gathered after a forward pass without a backward one: the next pass
-        # would take that copy, whatever the average or a checkpoint has put into the shards meanwhile.
+        # would use that copy, whatever the average or a checkpoint has put into the shards meanwhile.
         towers.set_reshard_after_forward(True, recurse=False)
 
     prompts = ClassPrompts(
-        splits.class_names, model.config.templates, tokenizer, clip.config, model.config.class_descriptions
+        train_dataset.class_names,
+        model.config.templates,
+        processing_class.tokenizer,
+        clip.config,
+        model.config.class_descriptions,
     )
     texts = ClassTexts(
         prompts,
         accelerator.process_index,
         accelerator.num_processes,
-        None if arguments.micro_batch_size is None else _PROMPTS_FOR_A_PICTURE * arguments.micro_batch_size,
+        None if args.micro_batch_size is None else _PROMPTS_PER_IMAGE * args.micro_batch_size,
         accelerator.device,
     )
     towers.eval()
@@ -153,39 +160,50 @@ def set_up_phase_a(
     with accelerator.autocast():
         if not _takes_gradients(clip, "text"):
             frozen_embeds = encode_classes(towers, texts)
-        elif arguments.train == "projections" and not is_sharded:  # only the whole forward gathers shards
+        elif args.train == "projections" and not is_sharded:  # only the whole forward gathers shards
             texts.keep_pooled(clip)
-    objective_for = partial(build_objective, arguments, splits.class_counts, model.logit_scale.item())
+    objective_for = partial(build_objective, args, train_dataset.class_counts, model.logit_scale.item())
     gradients = StepGradients(
         towers,
         None if frozen_embeds is not None else texts,
         objective_for(sampler.class_distribution(len(prompts))),
         accelerator,
         num_classes=len(prompts),
-        micro_batch_size=arguments.micro_batch_size,
+        micro_batch_size=args.micro_batch_size,
         frozen_embeds=frozen_embeds,
         image_is_trained=_takes_gradients(clip, "image"),
     )
-    steps_per_epoch = len(sampler) // arguments.batch_size
-    total_steps = arguments.epochs * steps_per_epoch
+    validator = None
+    if eval_dataset is not None:
+        validator = Validator(
+            eval_dataset.with_transform(evaluation_transform(processing_class.image_processor)),
+            texts,
+            train_dataset.class_counts,
+            accelerator,
+            frozen_embeds,
+            eval_batch_size,
+            num_workers,
+        )
+    steps_per_epoch = len(sampler) // args.batch_size
+    total_steps = args.epochs * steps_per_epoch
     setup = PhaseASetup(
         clip=clip,
         towers=towers,
         optimizer=optimizer,
         loader=loader,
         sampler=sampler,
-        labels=np.asarray(splits.train.labels),
+        labels=np.asarray(train_dataset.labels),
         gradients=gradients,
-        validator=_validator(splits, image_processor, texts, frozen_embeds, accelerator, eval_batch_size, num_workers),
+        validator=validator,
         low_rank=low_rank,
         average=None,
         steps_per_epoch=steps_per_epoch,
-        total_steps=min(total_steps, arguments.max_steps or total_steps),
+        total_steps=min(total_steps, args.max_steps or total_steps),
         highest_log_scale=max(math.log(100), model.clip.logit_scale.item()),
         objective_for=objective_for,
     )
-    if arguments.ema_decay is not None:
-        setup.average = WeightAverage(setup.trained, arguments.ema_decay)
+    if args.ema_decay is not None:
+        setup.average = WeightAverage(setup.trained, args.ema_decay)
     return setup
 
 
@@ -200,7 +218,7 @@ def copy_to_shard(clip: PreTrainedModel) -> PreTrainedModel:
 
 
 def build_objective(
-    arguments: PhaseAArguments, class_counts: np.ndarray, logit_scale: float, class_distribution: np.ndarray
+    args: PhaseAArguments, class_counts: np.ndarray, logit_scale: float, class_distribution: np.ndarray
 ) -> Objective:
     """The loss that the arguments name, for what the sampler draws.
 
@@ -208,27 +226,27 @@ def build_objective(
     scale: the initial one, where the scale is trained too.
 
     Args:
-        arguments: `loss` and `label_smoothing`.
+        args: `loss` and `label_smoothing`.
         class_counts: (classes,) training images.
         logit_scale: multiplier of the cosines.
         class_distribution: (classes,) share of each class among the draws.
     """
-    if arguments.loss == "contrastive":
+    if args.loss == "contrastive":
         return Objective()
-    name = "cross_entropy" if arguments.loss == "class_prompt" else arguments.loss
+    name = "cross_entropy" if args.loss == "class_prompt" else args.loss
     return Objective(
         build_classification_loss(
             name,
             torch.as_tensor(np.asarray(class_counts)),
             class_distribution=torch.as_tensor(class_distribution),
-            label_smoothing=arguments.label_smoothing,
+            label_smoothing=args.label_smoothing,
             ldam_scale=logit_scale,
         )
     )
 
 
-def set_training_mode(setup: PhaseASetup, arguments: PhaseAArguments) -> None:
-    """Training mode for what is trained: dropout stays off in a frozen tower, and statistics stay where told."""
+def set_training_mode(setup: PhaseASetup, args: PhaseAArguments) -> None:
+    """Training mode for what is trained: dropout is off in a frozen tower, and BatchNorm obeys `args.batch_norm`."""
     setup.towers.train()
     for tower in ("image", "text"):
         if not _takes_gradients(setup.clip, tower):
@@ -237,7 +255,7 @@ def set_training_mode(setup: PhaseASetup, arguments: PhaseAArguments) -> None:
                     module.eval()
     for module in setup.clip.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train(arguments.batch_norm == "train" and module.weight.requires_grad)
+            module.train(args.batch_norm == "train" and module.weight.requires_grad)
 
 
 def compile_towers(clip: PreTrainedModel) -> None:
@@ -246,11 +264,11 @@ def compile_towers(clip: PreTrainedModel) -> None:
     clip.text_model.compile(dynamic=True)
 
 
-def make_plain(clip: PreTrainedModel, arguments: PhaseAArguments) -> None:
+def make_plain(clip: PreTrainedModel, args: PhaseAArguments) -> None:
     """Take back what training put on the dual encoder, weights aside."""
-    if arguments.activation_checkpointing:
+    if args.activation_checkpointing:
         clip.activation_checkpointing_disable()
-    if arguments.torch_compile:
+    if args.torch_compile:
         for tower in (clip.vision_model, clip.text_model):
             tower._compiled_call_impl = None
     clip.requires_grad_(True)
@@ -265,27 +283,27 @@ def _check_batch_size(batch_size: int, processes: int) -> None:
         )
 
 
-def _check_sharding(accelerator: Accelerator, arguments: PhaseAArguments) -> None:
+def _check_sharding(accelerator: Accelerator, args: PhaseAArguments) -> None:
     if not accelerator.is_fsdp2:
         raise ValueError("FSDP of version 1 can't share the towers: set fsdp_version: 2 in the accelerate config.")
-    if arguments.lora_rank:
+    if args.lora_rank:
         raise ValueError(
-            f"lora_rank is {arguments.lora_rank}, but updates of sharded weights can't be merged: use lora_rank=0, "
+            f"lora_rank is {args.lora_rank}, but updates of sharded weights can't be merged: use lora_rank=0, "
             "or several devices without FSDP, where low-rank updates need little memory."
         )
-    if arguments.torch_compile:
+    if args.torch_compile:
         raise ValueError("torch_compile is not known to work on sharded towers: leave it out, or FSDP.")
 
 
 def _choose_what_is_trained(
-    clip: PreTrainedModel, arguments: PhaseAArguments, fixed_logit_scale: float | None
+    clip: PreTrainedModel, args: PhaseAArguments, fixed_logit_scale: float | None
 ) -> LowRankUpdates | None:
-    train_logit_scale = arguments.train_logit_scale and fixed_logit_scale is None
-    if not arguments.lora_rank:
-        freeze_the_rest(clip, arguments.train, train_logit_scale)
+    train_logit_scale = args.train_logit_scale and fixed_logit_scale is None
+    if not args.lora_rank:
+        freeze_the_rest(clip, args.train, train_logit_scale)
         return None
-    assert arguments.train != "projections"  # refused by PhaseAArguments
-    low_rank = LowRankUpdates(clip, arguments.train, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout)
+    assert args.train != "projections"  # refused by PhaseAArguments
+    low_rank = LowRankUpdates(clip, args.train, args.lora_rank, args.lora_alpha, args.lora_dropout)
     clip.logit_scale.requires_grad_(train_logit_scale)
     return low_rank
 
@@ -294,42 +312,31 @@ def _takes_gradients(clip: nn.Module, tower: str) -> bool:
     return any(parameter.requires_grad for name, parameter in clip.named_parameters() if tower_of(name) == tower)
 
 
-def _loader(split, sampler, image_processor, arguments, accelerator: Accelerator, seed: int, num_workers: int):
-    from ..data.loaders import train_loader
-    from ..data.transforms import CropSchedule, train_transform
-
-    schedule = arguments.crop_schedule
+def _loader(
+    dataset: ImageDataset,
+    sampler: Any,
+    image_processor: Any,
+    args: PhaseAArguments,
+    accelerator: Accelerator,
+    seed: int,
+    num_workers: int,
+) -> DataLoader:
+    schedule = args.crop_schedule
     transform = train_transform(
         image_processor,
-        scale=(arguments.crop_scale, 1.0),
-        horizontal_flip=arguments.horizontal_flip,
-        color_jitter=arguments.color_jitter,
-        crop_schedule=None if schedule == "none" else CropSchedule(arguments.epochs, schedule),
+        scale=(args.crop_scale, 1.0),
+        horizontal_flip=args.horizontal_flip,
+        color_jitter=args.color_jitter,
+        crop_schedule=None if schedule == "none" else CropSchedule(args.epochs, schedule),
     )
     loader = train_loader(
-        split.with_transform(transform),
+        dataset.with_transform(transform),
         sampler,
-        arguments.batch_size // accelerator.num_processes,
+        args.batch_size // accelerator.num_processes,
         num_workers=num_workers,
         seed=seed,
     )
     # Whole batches in turn, whatever the accelerator was told of splitting; labels and indices stay on the CPU.
     return prepare_data_loader(
         loader, num_processes=accelerator.num_processes, process_index=accelerator.process_index, rng_types=[]
-    )
-
-
-def _validator(splits, image_processor, texts, frozen_embeds, accelerator, batch_size: int, num_workers: int):
-    if splits.validation is None:
-        return None
-    from ..data.transforms import evaluation_transform
-
-    return Validator(
-        splits.validation.with_transform(evaluation_transform(image_processor)),
-        texts,
-        splits.class_counts,
-        accelerator,
-        frozen_embeds,
-        batch_size,
-        num_workers,
     )

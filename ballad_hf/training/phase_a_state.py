@@ -1,12 +1,11 @@
-"""Where a run of phase A stands, written to a checkpoint and read back so that it goes on as if never stopped."""
+"""The state of a phase A run, written to a checkpoint and read back so that training continues as if never stopped."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,44 +17,47 @@ from transformers.utils import logging
 
 from ..models.class_embeddings import prompts_digest
 from .arguments import PhaseAArguments
-from .checkpointing import (
+from .callbacks import TrainingEvents
+from .checkpoints import (
     Checkpoint,
     CheckpointStore,
+    get_trainable_state,
     optimizer_from_tensors,
     optimizer_to_tensors,
     random_state,
     restore_random_state,
+    set_trainable_state,
 )
 from .phase_a_setup import PhaseASetup
-from .trained_weights import put_weights, take_weights
 
 
 if TYPE_CHECKING:
-    from ..data.splits import Splits
+    from ..data.image_dataset import ImageDataset
     from ..models.modeling_ballad import BalladForImageClassification
 
 logger = logging.get_logger(__name__)
 
-# What may differ between a run and its continuation, because the weights do not depend on it.
-_MAY_CHANGE = ("keep_checkpoints", "checkpoint_every_steps", "checkpoint_every_minutes", "logging_steps")
-_VALUES_OF_A_TENSOR = 256  # that enter the fingerprint of the start
+# May differ between a run and its continuation, because the weights do not depend on them.
+_MAY_CHANGE = {"keep_checkpoints", "checkpoint_every_steps", "checkpoint_every_minutes", "logging_steps"}
+# May differ too after the loss diverged: going on with the same values would diverge again.
+_MAY_CHANGE_AFTER_DIVERGENCE = {"learning_rate", "text_learning_rate", "head_learning_rate", "max_grad_norm"}
+_DIGEST_VALUES = 256  # of each tensor
 
 
 @dataclass
 class PhaseAResult:
-    """What phase A did.
+    """The outcome of phase A.
 
     Args:
-        history: one entry a validation: `epoch`, `step`, the mean `loss` and the `learning_rate` since the one before,
-            and the figures on the validation part. The first is the start, epoch 0.
+        history: one entry per validation: `epoch`, `step`, the mean `loss` and the `learning_rate` since the previous
+            one, and the validation metrics. The first entry is the start, epoch 0.
         best_epoch: the epoch whose weights the model now has.
-        zero_shot: figures on the validation part before training.
-        validation: the same of the weights that the model now has.
-        interpolation: share of the trained weights against those before, where the tail guard interpolated.
-        steps: steps taken, those before a resume included.
-        seconds: wall time of this call alone: what a run took before it was resumed is not in it, and one that was
-            finished before takes the time of reading it back.
-        resumed_from: the step that this call went on from; `None` from the start.
+        zero_shot: validation metrics before training.
+        validation: validation metrics of the weights that the model now has.
+        interpolation: weight of the trained against the pretrained weights, where the tail guard interpolated.
+        steps: steps taken, including those before a resume.
+        seconds: wall time of this call alone.
+        resumed_from: the step that this call continued from; `None` from the start.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -70,15 +72,15 @@ class PhaseAResult:
 
 @dataclass
 class PhaseAState:
-    """Where a run stands after `step` steps.
+    """The progress of a run after `step` steps.
 
     Args:
         result: what is known of the result.
         step: steps done.
         losses: of the steps since the last entry of the history.
         best_score: highest validation score so far.
-        best_step: where that was; 0 is the start.
-        best_weights: the weights there, on the CPU of the main process.
+        best_step: its step; 0 is the start.
+        best_weights: the weights at that step, on the CPU of the main process.
         validations_since_best: for early stopping.
         stopped: whether training is over before its last step.
     """
@@ -94,37 +96,40 @@ class PhaseAState:
 
 
 def run_identity(
-    model: BalladForImageClassification, splits: Splits, arguments: PhaseAArguments, seed: int
+    model: BalladForImageClassification, train_dataset: ImageDataset, args: PhaseAArguments, seed: int
 ) -> dict[str, Any]:
-    """What makes a run this run and no other: its start, its data, its prompts, and what it was told."""
-    told = {name: value for name, value in asdict(arguments).items() if name not in _MAY_CHANGE}
-    labels = np.ascontiguousarray(splits.train.labels, dtype="<i8")
-    data = hashlib.sha256(labels.tobytes() + "\n".join(splits.class_names).encode()).hexdigest()[:16]
+    """What identifies a run: its initial weights, its data, its prompts, and its arguments."""
+    labels = np.ascontiguousarray(train_dataset.labels, dtype="<i8")
+    data = hashlib.sha256(labels.tobytes() + "\n".join(train_dataset.class_names).encode()).hexdigest()[:16]
     config = model.config
     return {
-        **told,
+        **{name: value for name, value in asdict(args).items() if name not in _MAY_CHANGE},
         "seed": seed,
         "training labels and classes": data,
         "class prompts": prompts_digest(config.class_names, config.templates, config.class_descriptions),
-        "start": _weights_digest(model.clip),
+        "initial weights": _weights_digest(model.clip),
     }
 
 
-def check_identity(now: dict[str, Any], before: dict[str, Any]) -> None:
+def check_identity(now: Mapping[str, Any], before: Mapping[str, Any], diverged: bool = False) -> None:
     """Refuse a checkpoint of another run.
+
+    Args:
+        now, before: of [`run_identity`].
+        diverged: whether the run stopped at a loss that was not finite; then lower learning rates are accepted.
 
     Raises:
         ValueError: names what differs.
     """
-    changed = [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
+    differing = {name for name in {*before, *now} if before.get(name) != now.get(name)}
+    if diverged and differing and differing <= _MAY_CHANGE_AFTER_DIVERGENCE:
+        logger.warning(f"The run diverged, and continues with another {', '.join(sorted(differing))}.")
+        return
+    changed = [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in sorted(differing)]
     if changed:
         raise ValueError(
-            f"The checkpoint is of another run: {'; '.join(changed)}. Give the same model, data and arguments, "
-            "or resume='never'."
+            f"The checkpoint belongs to another run: {'; '.join(changed)}. Use the same model, data and arguments, "
+            "or start anew without resume_from_checkpoint."
         )
 
 
@@ -133,10 +138,10 @@ class PhaseACheckpoints:
 
     Args:
         store: where checkpoints go.
-        identity: see `run_identity`.
+        identity: see [`run_identity`].
         setup: of this run.
         accelerator: of this run.
-        on_checkpoint: called on the main process with the folder of a checkpoint that was written.
+        events: told of each checkpoint, and saved with it.
     """
 
     def __init__(
@@ -145,97 +150,116 @@ class PhaseACheckpoints:
         identity: dict[str, Any],
         setup: PhaseASetup,
         accelerator: Accelerator,
-        on_checkpoint: Callable[[Path], object] | None = None,
+        events: TrainingEvents,
     ):
         self.store = store
         self.identity = identity
         self.setup = setup
         self.accelerator = accelerator
-        self.on_checkpoint = on_checkpoint
+        self.events = events
         self._saved: int | None = None
 
     def save(self, state: PhaseAState) -> None:
-        """Write where the run stands. A failure is an error in the log, and the checkpoints before stay."""
+        """Write the state. A failure is logged as an error, and earlier checkpoints stay."""
         if self._saved == state.step:
             return
         setup = self.setup
-        tensors = _named("weights", take_weights(setup.towers, copy=False))
+        tensors = _prefixed("weights", get_trainable_state(setup.towers, copy=False))
         moments, rest = optimizer_to_tensors(setup.towers, setup.plain_optimizer)
-        tensors |= _named("optimizer", moments)
+        tensors |= _prefixed("optimizer", moments)
         if setup.average is not None:
             with setup.average.in_place():
-                tensors |= _named("average", take_weights(setup.towers))
-        for process, numbers in enumerate(self._random_states()):
-            tensors |= _named(f"random/{process}", numbers)
-        if self.accelerator.is_main_process and self.store.try_save(
-            state.step, tensors, self._plain(state, rest), pinned=state.best_step
-        ):
-            self._tell(self.store.path_of(state.step))
+                tensors |= _prefixed("average", get_trainable_state(setup.towers))
+        for process, generators in enumerate(self._random_states()):
+            tensors |= _prefixed(f"random/{process}", generators)
         self._saved = state.step
-
-    def _tell(self, checkpoint: Path) -> None:
-        logger.info(f"Checkpoint in {checkpoint}.")
-        if self.on_checkpoint is None:
-            return
-        try:
-            self.on_checkpoint(checkpoint)
-        except Exception as error:  # a foreign function must not end the training
-            logger.warning(f"on_checkpoint failed for {checkpoint}: {error!r}. Training goes on.")
+        # What the main process could not write it reports; the others have nothing to write.
+        if not self.accelerator.is_main_process or self._is_written(state, tensors, rest):
+            self.events.saved(self.store.path_of(state.step))
 
     def restore(self, checkpoint: Checkpoint) -> PhaseAState:
-        """Put weights, optimizer and random numbers back, and say where the run stands.
+        """Load weights, optimizer and random numbers, and return the progress.
 
         Raises:
-            ValueError: the checkpoint is of another run.
+            ValueError: the checkpoint belongs to another run.
         """
-        plain, setup = checkpoint.state, self.setup
-        check_identity(self.identity, plain["run"])
+        saved, setup = checkpoint.state, self.setup
+        check_identity(self.identity, saved["run"], diverged=self.has_diverged)
+        self._warn_of_another_number_of_processes(saved["processes"])
         state = PhaseAState(
-            result=PhaseAResult(**plain["result"]),
+            result=PhaseAResult(**saved["result"]),
             step=checkpoint.step,
-            losses=plain["losses"],
-            best_score=-math.inf if plain["best_score"] is None else plain["best_score"],
-            best_step=plain["best_step"],
-            validations_since_best=plain["validations_since_best"],
-            stopped=plain["stopped"],
+            losses=saved["losses"],
+            best_score=-math.inf if saved["best_score"] is None else saved["best_score"],
+            best_step=saved["best_step"],
+            validations_since_best=saved["validations_since_best"],
+            stopped=saved["stopped"],
         )
         state.result.resumed_from = self._saved = checkpoint.step
         self._find_best_weights(state, checkpoint)
-        moments = _part(checkpoint, "optimizer")
-        optimizer_from_tensors(setup.towers, setup.plain_optimizer, moments, plain["optimizer"])
-        if plain["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(plain["scaler"])
+        optimizer_from_tensors(setup.towers, setup.plain_optimizer, checkpoint.group("optimizer"), saved["optimizer"])
+        if saved["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
         if setup.average is not None:
-            put_weights(setup.towers, _part(checkpoint, "average"))
-            setup.average.restart(plain["average_steps"])
-        put_weights(setup.towers, _part(checkpoint, "weights"))
-        numbers = _part(checkpoint, f"random/{self.accelerator.process_index}")
-        if numbers:  # else there were fewer processes
-            restore_random_state(numbers)
+            set_trainable_state(setup.towers, checkpoint.group("average"))
+            setup.average.restart(saved["average_steps"])
+        set_trainable_state(setup.towers, checkpoint.group("weights"))
+        generators = checkpoint.group(f"random/{self.accelerator.process_index}")
+        if generators:  # else there were fewer processes
+            restore_random_state(generators)
+        self.events.restore(saved["events"])
         return state
 
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the run in this folder stopped at a loss that was not finite."""
+        return self._divergence_mark.exists()
+
+    def mark_diverged(self) -> None:
+        """Let a resume of this run change its learning rates."""
+        if self.accelerator.is_main_process and self.store.folder.is_dir():
+            self._divergence_mark.touch()
+
+    @property
+    def _divergence_mark(self):
+        return self.store.folder / "diverged"
+
+    def _is_written(self, state: PhaseAState, tensors: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> bool:
+        # The loss of the last step is read one step later, so it could have put NaN into these weights already.
+        if not all(torch.isfinite(value).all() for name, value in tensors.items() if value.is_floating_point()):
+            logger.warning(f"The state after step {state.step} is not finite, so no checkpoint of it is saved.")
+            return False
+        return self.store.try_save(state.step, tensors, self._to_json(state, optimizer), pinned=state.best_step)
+
+    def _warn_of_another_number_of_processes(self, before: int) -> None:
+        now = self.accelerator.num_processes
+        if before != now:
+            logger.warning(
+                f"The run was started with {before} processes and continues with {now}: it draws the same images, but "
+                "sums are rounded in another order, so the weights will differ in the last bits."
+            )
+
     def _find_best_weights(self, state: PhaseAState, checkpoint: Checkpoint) -> None:
-        part = "weights" if self.setup.average is None else "average"
+        best = checkpoint
         if state.best_step != checkpoint.step:
             try:
                 best = self.store.load(self.store.path_of(state.best_step))
             except (FileNotFoundError, ValueError) as error:
                 logger.warning(
-                    f"{error} It held the best weights so far: those of step {state.step} take their place."
+                    f"{error} It held the best weights so far; those of step {state.step} are used instead."
                 )
-                state.best_step, best = checkpoint.step, checkpoint
-        else:
-            best = checkpoint
-        state.best_weights = _part(best, part)
+                state.best_step = checkpoint.step
+        state.best_weights = best.group("weights" if self.setup.average is None else "average")
 
     def _random_states(self) -> list[dict[str, torch.Tensor]]:
         own = [random_state()]
         return own if self.accelerator.num_processes == 1 else gather_object(own)
 
-    def _plain(self, state: PhaseAState, optimizer: dict[str, Any]) -> dict[str, Any]:
+    def _to_json(self, state: PhaseAState, optimizer: dict[str, Any]) -> dict[str, Any]:
         scaler = self.accelerator.scaler
         return {
             "run": self.identity,
+            "processes": self.accelerator.num_processes,
             "result": asdict(state.result),
             "optimizer": optimizer,
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -245,25 +269,21 @@ class PhaseACheckpoints:
             "best_step": state.best_step,
             "validations_since_best": state.validations_since_best,
             "stopped": state.stopped,
+            "events": self.events.to_dict(),
         }
 
 
-def _named(part: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"{part}/{name}": value for name, value in tensors.items()}
-
-
-def _part(checkpoint: Checkpoint, part: str) -> dict[str, torch.Tensor]:
-    prefix = f"{part}/"
-    return {key.removeprefix(prefix): value for key, value in checkpoint.tensors.items() if key.startswith(prefix)}
+def _prefixed(group: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{group}/{name}": value for name, value in tensors.items()}
 
 
 @torch.no_grad()
 def _weights_digest(module: nn.Module) -> str:
-    """Fingerprint from evenly spaced values of every weight; the same on every device."""
+    """Digest of evenly spaced values of every weight; the same on every device."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         flat = value.detach().reshape(-1)
-        chosen = flat[:: max(1, flat.numel() // _VALUES_OF_A_TENSOR) | 1]
+        chosen = flat[:: max(1, flat.numel() // _DIGEST_VALUES) | 1]
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(chosen.double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..data.samplers import EpochSampler, build_sampler
@@ -24,6 +26,7 @@ from ..features.fingerprints import encoder_fingerprint
 from ..features.scoring import adapted_logits, adapter_accuracies
 from ..features.table import FeatureTable
 from .arguments import PhaseBArguments
+from .callbacks import TrainingEvents
 from .losses import ClassificationLoss, NonFiniteLossError, build_classification_loss
 from .optimization import schedule_factor, set_learning_rates
 
@@ -39,11 +42,11 @@ _IN_MEMORY = 2 * 2**30  # a memory-mapped table up to this size is read into mem
 
 @dataclass
 class PhaseBResult:
-    """What phase B did.
+    """The outcome of phase B.
 
     Args:
-        history: one entry an epoch: `epoch`, `learning_rate` at its start, `loss`, and the validation accuracies where
-            there was a validation table. Epoch 0 is the start.
+        history: one entry per epoch: `epoch`, `learning_rate` at its start, `loss`, and the validation accuracies
+            where there was a validation table. Epoch 0 is the start.
         best_epoch: the epoch whose adapter the model now has.
         validation: its accuracies on the validation table: `overall`, `mean_class`, `many`, `medium`, `few`.
         steps: steps taken.
@@ -67,6 +70,7 @@ def train_phase_b(
     eval_table: FeatureTable | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | TrainingEvents = (),
     progress: bool = True,
 ) -> PhaseBResult:
     """Train the model's adapter on a feature table, in place.
@@ -79,6 +83,7 @@ def train_phase_b(
             start included: phase B can't leave the model worse than it was. Without, the last epoch is.
         seed: of the sampler and of a random start. The same seed gives the same bits on the same machine.
         device: where to train; default: the model's.
+        callbacks: `TrainerCallback`s of transformers. A phase that they stop ends after the current epoch.
         progress: show a progress bar where training takes more than two seconds.
 
     Returns:
@@ -110,24 +115,48 @@ def train_phase_b(
     started = time.perf_counter()
     device = torch.device(device or model.device)
     table = to_device_if_fits(table, device)
-    batches = TableBatches(table, phase_b_sampler(args, table, seed), args.rows_a_step(table.rows))
+    batches = TableBatches(table, phase_b_sampler(args, table, seed), args.rows_per_step(table.rows))
     start = adapter_start(args.adapter_start, model.adapter.linear.weight, seed).to(device)
     training = AdapterTraining(start, model.config.adapter_ratio, model.logit_scale.item(), batches, args)
 
-    result = PhaseBResult(views=table.views, steps=args.epochs * batches.steps)
-    result.history.append({"epoch": 0, **(training.evaluate(eval_table) or {})})
-    with tqdm(total=result.steps, desc="Phase B", unit="step", delay=2, disable=not progress) as bar:
+    events = callbacks
+    if not isinstance(events, TrainingEvents):
+        events = TrainingEvents(callbacks, args, PartialState(), model)  # type: ignore[arg-type]
+
+    result = PhaseBResult(views=table.views)
+    total = args.epochs * batches.steps
+    events.begin_phase(total, batches.steps, optimizer=training.optimizer)
+    start_accuracies = training.evaluate(eval_table) or {}
+    result.history.append({"epoch": 0, **start_accuracies})
+    if start_accuracies:
+        events.evaluated(start_accuracies, "mean_class")
+    with tqdm(total=total, desc="Phase B", unit="step", delay=2, disable=not progress) as bar:
+
+        def on_step() -> None:
+            result.steps += 1
+            bar.update()
+            events.step_end(result.steps)
+
         for epoch in range(1, args.epochs + 1):
+            events.epoch_begin()
             learning_rate = training.learning_rate
-            loss = training.train_epoch(on_step=bar.update)
+            loss = training.train_epoch(on_step)
+            events.log({"loss": loss, "learning_rate": learning_rate})
             accuracies = training.evaluate(eval_table) or {}
             result.history.append({"epoch": epoch, "learning_rate": learning_rate, "loss": loss, **accuracies})
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            events.epoch_end()
+            if accuracies:
+                events.evaluated(accuracies, "mean_class")
+            if events.control.should_training_stop:
+                break
     if args.epochs and training.best_epoch == 0:
         logger.warning("No phase B epoch improved validation accuracy, so the initial adapter was kept.")
     if args.epochs and eval_table is None:
         logger.warning("There is no validation table: phase B keeps the adapter of its last epoch.")
     apply_adapter(model, training.best_weight, table)
+    if events is not callbacks:
+        events.end()
     result.best_epoch, result.validation = training.best_epoch, training.best_accuracies
     result.seconds = time.perf_counter() - started
     return result

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..data.splits import ImageSplit
 
 # What of a validation is kept in the history of a run.
-FIGURES = (
+METRIC_NAMES = (
     "overall",
     "mean_class",
     "many",
@@ -76,7 +76,7 @@ class Validator:
 
     @torch.no_grad()
     def __call__(self, towers: nn.Module) -> dict[str, float | None]:
-        """The figures of `FIGURES`, the same on every process; the towers must be in evaluation mode."""
+        """The figures of `METRIC_NAMES`, the same on every process; the towers must be in evaluation mode."""
         class_embeds = encode_classes(towers, self.texts) if self.frozen_embeds is None else self.frozen_embeds
         mine = []
         kept: list[dict[str, torch.Tensor]] = []
@@ -95,7 +95,7 @@ class Validator:
             parts = gather_object(parts)
         predictions = Predictions.concatenate(parts).in_order(self.pictures)
         metrics = LongTailMetrics.from_predictions(predictions, self.class_counts)
-        return {name: getattr(metrics, name) for name in FIGURES}
+        return {name: getattr(metrics, name) for name in METRIC_NAMES}
 
 
 @torch.no_grad()

@@ -1,48 +1,52 @@
-"""Never lose work: atomic checkpoints, exact resume, and a polite end on SIGTERM and Ctrl-C.
+"""Checkpoints on disk, and what goes into them as named tensors: trained weights, optimizer, random numbers.
 
-A checkpoint is a folder with `tensors.safetensors` and `state.json`. It is written aside, synced to the disk, and
-renamed; so whatever stops the process, every folder with a checkpoint's name is whole.
+A checkpoint is a folder with `tensors.safetensors` and `state.json`, which holds the step and a checksum of the
+tensors. It is written to a temporary folder, synced, and renamed: whatever stops the process, every folder with a
+checkpoint's name is complete.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from transformers.utils import logging
+
+from ..files import read_json, remove_leftovers, replacing_folder, sha256_of, write_json
 
 
 logger = logging.get_logger(__name__)
 
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
-_WHOLE = "step-"
-_UNFINISHED = "unfinished-"
+_PREFIX = "step-"
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds: the number of steps done, named tensors on the CPU, and a JSON-able state."""
+    """A checkpoint in memory: the number of steps done, named tensors on the CPU, and a JSON-able state."""
 
     step: int
     tensors: dict[str, torch.Tensor]
     state: dict[str, Any]
+
+    def group(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors whose names start with `name/`, without that prefix."""
+        prefix = f"{name}/"
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
 
 class CheckpointStore:
@@ -50,7 +54,7 @@ class CheckpointStore:
 
     Args:
         folder: made when first written to.
-        keep: how many are kept; older ones go when a newer one is whole.
+        keep: how many are kept; older ones are removed once a newer one is complete.
 
     Raises:
         ValueError: `keep` below 1.
@@ -58,7 +62,7 @@ class CheckpointStore:
     Example:
 
     >>> import tempfile, torch
-    >>> from ballad_hf.training.checkpointing import CheckpointStore
+    >>> from ballad_hf.training.checkpoints import CheckpointStore
     >>> store = CheckpointStore(tempfile.mkdtemp(), keep=1)
     >>> _ = store.save(1, {"weight": torch.zeros(2)}, {"best": 0.5})
     >>> _ = store.save(2, {"weight": torch.ones(2)}, {"best": 0.6})
@@ -73,14 +77,14 @@ class CheckpointStore:
         self.keep = keep
 
     def paths(self) -> list[Path]:
-        """The whole checkpoints, oldest first."""
+        """The complete checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted(path for path in self.folder.iterdir() if path.name.startswith(_WHOLE))
+        return sorted(path for path in self.folder.iterdir() if path.name.startswith(_PREFIX))
 
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of a step is, once it is written."""
-        return self.folder / f"{_WHOLE}{step:010d}"
+        return self.folder / f"{_PREFIX}{step:010d}"
 
     def save(
         self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], pinned: int | None = None
@@ -97,27 +101,16 @@ class CheckpointStore:
             OSError: a full disk, an unwritable folder. Earlier checkpoints are untouched.
         """
         target = self.path_of(step)
-        aside = self.folder / f"{_UNFINISHED}{step:010d}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_unfinished()
-            aside.mkdir()
-            save_file(_separate(tensors), aside / _TENSORS)
-            (aside / _STATE).write_text(json.dumps(dict(state)), encoding="utf-8")
-            for path in (aside / _TENSORS, aside / _STATE, aside):
-                _sync(path)
-            if target.exists():  # the same step of a run that was resumed from before it
-                shutil.rmtree(target)
-            aside.rename(target)
-            _sync(self.folder)
+            with replacing_folder(target) as folder:
+                save_file(_without_shared_memory(tensors), folder / _TENSORS)
+                about = {"step": step, "sha256": sha256_of(folder / _TENSORS), "state": dict(state)}
+                write_json(folder / _STATE, about, indent=None)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
             kept = self.paths()
-            raise OSError(
-                f"Could not write the checkpoint {target}: {error}. "
-                + (f"The last one, {kept[-1]}, is kept. " if kept else "")
-                + "Free some space, or choose a folder that can be written to."
-            ) from error
+            last = f" The last checkpoint, {kept[-1]}, is kept." if kept else ""
+            reason = getattr(error, "strerror", None) or f"Could not write {target}: {error}"
+            raise OSError(getattr(error, "errno", None), f"{reason}.{last}") from error
         for old in self.paths()[: -self.keep]:
             if pinned is None or old != self.path_of(pinned):
                 shutil.rmtree(old, ignore_errors=True)
@@ -126,11 +119,11 @@ class CheckpointStore:
     def try_save(
         self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], pinned: int | None = None
     ) -> bool:
-        """`save`, where a failure is an error in the log and training goes on; whether it was written."""
+        """Like `save`, but a failure is logged as an error and training goes on; returns whether it was written."""
         try:
             self.save(step, tensors, state, pinned)
         except OSError as error:
-            logger.error(f"{error} Training goes on.")
+            logger.error(f"{error.strerror or error} Training goes on.")
             return False
         return True
 
@@ -139,23 +132,27 @@ class CheckpointStore:
 
         Raises:
             FileNotFoundError: no checkpoint at `path`.
-            ValueError: files that are damaged.
+            ValueError: damaged files, or a folder that was renamed to another step.
         """
         path = Path(path)
         if not (path / _STATE).is_file() or not (path / _TENSORS).is_file():
-            raise FileNotFoundError(f"{path} is no checkpoint: it must hold {_TENSORS} and {_STATE}.")
+            raise FileNotFoundError(f"{path} is not a checkpoint: it must hold {_TENSORS} and {_STATE}.")
         try:
-            state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+            about = read_json(path / _STATE)
+            step, state = int(about["step"]), dict(about["state"])
+            if about["sha256"] != sha256_of(path / _TENSORS):
+                raise ValueError(f"the checksum of {_TENSORS} does not match")
             tensors = load_file(path / _TENSORS)
-            step = int(path.name.removeprefix(_WHOLE))
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"The checkpoint {path} is damaged ({error}): remove it to resume from another."
+                f"The checkpoint {path} is damaged ({error}): remove it to resume from another one."
             ) from error
+        if path.name.startswith(_PREFIX) and path.name != self.path_of(step).name:
+            raise ValueError(f"The checkpoint {path} is of step {step}: rename it to {self.path_of(step).name}.")
         return Checkpoint(step, tensors, state)
 
     def load_latest(self) -> Checkpoint | None:
-        """The newest checkpoint that can be read, or `None`. One that is damaged is reported and passed over."""
+        """The newest checkpoint that can be read, or `None`. Damaged ones are reported and skipped."""
         for path in reversed(self.paths()):
             try:
                 return self.load(path)
@@ -164,78 +161,39 @@ class CheckpointStore:
         return None
 
     def clear(self) -> None:
-        """Remove every checkpoint, whole or not."""
-        self._remove_unfinished()
+        """Remove every checkpoint, and what killed writers left."""
+        remove_leftovers(self.folder)
         for path in self.paths():
             shutil.rmtree(path)
 
-    def _remove_unfinished(self) -> None:
-        for path in self.folder.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(path, ignore_errors=True)
 
-
-class CheckpointTimer:
-    """Says when a checkpoint is due: every so many steps, every so many minutes, or either.
+def get_trainable_state(module: nn.Module, copy: bool = True) -> dict[str, torch.Tensor]:
+    """Parameters that take gradients and all buffers that are saved, on the CPU.
 
     Args:
-        every_steps: `None` for never by steps.
-        every_minutes: `None` for never by the clock.
+        module: plain, or as the accelerator prepared it.
+        copy: `False` lets tensors on the CPU share the module's memory, for a caller that writes them at once.
+
+    Returns:
+        Tensors by name. A collective call where the module is sharded; then only the main process gets them.
     """
-
-    def __init__(self, every_steps: int | None = None, every_minutes: float | None = None):
-        self.every_steps = every_steps
-        self.every_minutes = every_minutes
-        self._last = time.monotonic()
-
-    def due_by_steps(self, step: int) -> bool:
-        """Whether `step` is a multiple; the same on every process."""
-        return self.every_steps is not None and step % self.every_steps == 0
-
-    def due_by_clock(self) -> bool:
-        """Whether the time is over; processes may disagree, so one must decide for all."""
-        return self.every_minutes is not None and time.monotonic() - self._last >= 60 * self.every_minutes
-
-    def restart(self) -> None:
-        self._last = time.monotonic()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state: dict[str, Any] = get_model_state_dict(module, options=options)
+    return {name: value.detach().clone() if copy else value.detach() for name, value in state.items()}
 
 
-class TrainingInterrupted(SystemExit):
-    """Training left on a signal, with everything saved. Uncaught, it ends the program with the signal's status."""
+def set_trainable_state(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Load what `get_trainable_state` returned. With several processes all get the main process's tensors.
 
-    def __init__(self, signal_number: int, message: str):
-        super().__init__(128 + signal_number)
-        self.signal_number = signal_number
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class StopSignals:
-    """While entered, SIGTERM and Ctrl-C only leave a note in `received`, so that a step can end and be saved.
-
-    A second Ctrl-C stops at once. Outside the main thread, where Python allows no handlers, signals act as usual.
+    Raises:
+        ValueError: tensors of another module.
     """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several, strict=False)
+    given: Any = {} if several and dist.get_rank() else dict(tensors)
+    unknown = set_model_state_dict(module, given, options=options).unexpected_keys
+    if unknown:
+        raise ValueError(f"The weights belong to another model: it has no {', '.join(sorted(unknown)[:5])}.")
 
 
 def optimizer_to_tensors(
@@ -243,11 +201,11 @@ def optimizer_to_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """An optimizer's whole state, named by the module's parameters: tensors, and the rest for JSON.
 
-    A collective call where the module is spread over processes; the main one gets the result, the others nothing. So
-    does the main one of an optimizer that has no state, as before its first step.
+    A collective call where the module is sharded; then only the main process gets the result. Before the first step
+    there is no state, and both are empty.
     """
     if not optimizer.state:
-        # torch would take a step to have a state to give, and Adam would count it ever after.
+        # torch would take a step to create the state, and Adam would count it ever after.
         return {}, {}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     content: Any = get_optimizer_state_dict(module, optimizer, options=options)
@@ -274,7 +232,7 @@ def optimizer_from_tensors(
     tensors: Mapping[str, torch.Tensor],
     rest: Mapping[str, Any],
 ) -> None:
-    """Put the state of `optimizer_to_tensors` back; a collective call like that. The optimizer must be a new one."""
+    """Load the state of `optimizer_to_tensors` into a new optimizer; a collective call like that."""
     if not rest:  # there was none
         return
     state: dict[str, dict[str, Any]] = {}
@@ -301,14 +259,14 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def restore_random_state(state: Mapping[str, torch.Tensor]) -> None:
-    """Put the state of `random_state` back."""
+    """Load the state of `random_state`."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous copies on the CPU that share no memory, as safetensors wants them."""
+def _without_shared_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors on the CPU that share no memory, as safetensors requires."""
     owners: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():
@@ -318,11 +276,3 @@ def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         owners.add(tensor.untyped_storage().data_ptr())
         separate[name] = tensor
     return separate
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

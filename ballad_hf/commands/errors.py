@@ -1,4 +1,6 @@
-"""What a command says where its user made a mistake: one line instead of a traceback."""
+"""A user's mistake ends a command with one line instead of a traceback."""
+
+from __future__ import annotations
 
 import contextlib
 import traceback
@@ -6,25 +8,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parent.parent
 
 
 @contextlib.contextmanager
 def errors_in_one_line(*programs: str) -> Iterator[None]:
-    """End the program with `error: ...` and status 1 where an argument, a file or the data is at fault.
+    """End the program with `error: ...` and status 1 if an argument, a file or the data is at fault.
 
-    Those are errors of files, and what this package raises itself, with the remedy in the message. Whatever else goes
-    wrong keeps its traceback, which is then what one needs.
+    These are errors of files and those that this package raises, with the remedy in the message. Any other error keeps
+    its traceback, which is what a bug report needs.
 
     Args:
-        programs: files outside of this package whose own errors are meant too, such as an example's `__file__`.
+        programs: files outside of this package whose own errors count too, such as the `__file__` of a script.
 
     Raises:
-        SystemExit: in the place of such an error.
+        SystemExit: in place of such an error; with status 130 after Ctrl-C.
 
     Example:
 
-    >>> from ballad_hf.command_errors import errors_in_one_line
+    >>> from ballad_hf.commands.errors import errors_in_one_line
     >>> with errors_in_one_line():
     ...     open("no/such/list.txt")
     Traceback (most recent call last):
@@ -33,14 +35,16 @@ def errors_in_one_line(*programs: str) -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise SystemExit(130) from error
     except Exception as error:
         if not (isinstance(error, OSError) or _raised_on_purpose(error, programs)):
             raise
-        raise SystemExit(f"error: {_said(error)}") from error
+        raise SystemExit(f"error: {_message(error)}") from error
 
 
 def _raised_on_purpose(error: Exception, programs: tuple[str, ...]) -> bool:
-    """Whether a `raise` in this package, or in one of the programs, is where the error comes from."""
+    """Whether the error comes from a `raise` in this package or in one of the programs."""
     if type(error).__module__.startswith(f"{_PACKAGE.name}."):
         return True
     origin = traceback.extract_tb(error.__traceback__)[-1]
@@ -49,8 +53,8 @@ def _raised_on_purpose(error: Exception, programs: tuple[str, ...]) -> bool:
     return ours and (origin.line or "").startswith("raise ")
 
 
-def _said(error: Exception) -> str:
-    """The message; of an error in a worker process of a loader without the traceback that torch puts there."""
+def _message(error: Exception) -> str:
+    """The message, without the traceback that torch adds to errors of a loader's worker process."""
     message = str(error)
     if "\nOriginal Traceback" not in message:
         return message

@@ -1,18 +1,14 @@
-"""Checkpoints that are whole, whatever happens while they are written."""
+"""Checkpoints are complete, whatever happens while they are written."""
 
 import errno
 import os
-import signal
 
 import pytest
 import torch
 
-from ballad_hf.training import checkpointing
-from ballad_hf.training.checkpointing import (
+from ballad_hf.training import checkpoints
+from ballad_hf.training.checkpoints import (
     CheckpointStore,
-    CheckpointTimer,
-    StopSignals,
-    TrainingInterrupted,
     optimizer_from_tensors,
     optimizer_to_tensors,
 )
@@ -55,13 +51,13 @@ def test_an_unfinished_or_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     store.save(1, tensors(1), {})
     damaged = store.save(2, tensors(2), {})
     (damaged / "tensors.safetensors").write_bytes(b"short")
-    (tmp_path / "unfinished-0000000003").mkdir()
+    (tmp_path / ".step-0000000003.writing").mkdir()
     assert store.load_latest().step == 1
     assert "is damaged" in caplog.text
     with pytest.raises(ValueError, match="is damaged"):
         store.load(damaged)
-    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
-        store.load(tmp_path / "unfinished-0000000003")
+    with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
+        store.load(tmp_path / ".step-0000000003.writing")
     assert CheckpointStore(tmp_path / "nothing").load_latest() is None
 
 
@@ -73,8 +69,8 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, monkeypat
         path.write_bytes(b"a part of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpointing, "save_file", full)
-    with pytest.raises(OSError, match=r"No space left.*The last one, .*step-0000000001, is kept. Free some space"):
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match=r"No space left.*Free some space.*last checkpoint, .*step-0000000001, is kept"):
         store.save(2, tensors(2), {})
     assert not store.try_save(2, tensors(2), {})
     assert "Training goes on" in caplog.text
@@ -120,35 +116,30 @@ def test_an_optimizer_goes_on_as_if_never_stopped(kind):
     assert torch.equal(model.bias, resumed.bias)
 
 
-def test_the_timer(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(checkpointing.time, "monotonic", lambda: now[0])
-    timer = CheckpointTimer(every_steps=4, every_minutes=2)
-    assert [step for step in range(1, 10) if timer.due_by_steps(step)] == [4, 8]
-    now[0] = 219.0
-    assert not timer.due_by_clock()
-    now[0] = 220.0
-    assert timer.due_by_clock()
-    timer.restart()
-    assert not timer.due_by_clock()
-    assert not CheckpointTimer().due_by_steps(1)
+def test_a_flipped_bit_is_found(tmp_path):
+    store = CheckpointStore(tmp_path)
+    path = store.save(1, tensors(1), {})
+    content = bytearray((path / "tensors.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "tensors.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="checksum"):
+        store.load(path)
+    assert store.load_latest() is None
 
 
-def test_signals_are_noted_and_a_second_ctrl_c_stops_at_once():
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignals() as signals:
-        assert signals.received is None
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.received == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
-    with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+def test_a_checkpoint_that_was_renamed_to_another_step_is_refused(tmp_path):
+    store = CheckpointStore(tmp_path)
+    path = store.save(3, tensors(1), {})
+    renamed = path.rename(store.path_of(9))
+    with pytest.raises(ValueError, match="is of step 3: rename it to step-0000000003"):
+        store.load(renamed)
+    assert store.load(renamed.rename(tmp_path / "mine")).step == 3
 
 
-def test_an_interrupted_program_ends_with_the_signals_status():
-    interrupted = TrainingInterrupted(signal.SIGTERM, "Stopped after step 3.")
-    assert interrupted.code == 143
-    assert str(interrupted) == "Stopped after step 3."
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"step": "x", "sha256": "", "state": {}}'])
+def test_a_damaged_state_is_named(tmp_path, content):
+    store = CheckpointStore(tmp_path)
+    path = store.save(1, tensors(1), {})
+    (path / "state.json").write_text(content)
+    with pytest.raises(ValueError, match=r"step-0000000001 is damaged .*remove it to resume from another one"):
+        store.load(path)

@@ -1,0 +1,1 @@
+"""The command line: `ballad COMMAND ...`, or `python -m ballad_hf COMMAND ...`."""
