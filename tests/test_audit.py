@@ -128,6 +128,17 @@ def test_the_command_passes_its_options_on(tmp_path, capsys):
     assert f"Written to {tmp_path}" in capsys.readouterr().out
 
 
+def test_an_audit_goes_on_where_training_would_refuse_wordnet_ids(tmp_path, capsys):
+    for name in ("n01440764", "n01443537"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / "images" / name / f"{number}.png")
+    main([str(tmp_path / "images"), "--output_dir", str(tmp_path / "audit")])
+    said = capsys.readouterr().out
+    assert "n01440764 (0): no word" in said
+    assert "n01443537 (1): no word" in said
+
+
 @pytest.mark.parametrize("num_threads", [0, -1])
 def test_less_than_one_thread_reads_nothing(beasts, num_threads):
     with pytest.raises(ValueError, match=f"num_threads is {num_threads}: give 1 or more"):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from ballad_hf.data.class_names import clean_class_name, colliding, shown_class_names
+from ballad_hf.data.class_names import UnusableNamesError, clean_class_name, colliding, shown_class_names
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,67 @@ def test_names_that_collide_after_cleaning_are_refused_together():
 def test_an_empty_name_is_refused():
     with pytest.raises(ValueError, match=r"Classes \[1\] have no name left"):
         shown_class_names(["owl", "_"])
+
+
+# Labels 115 to 118 of Places-LT. Places365's own file sorts "/d/desert/sand" and "/d/desert/vegetation" before
+# "/d/desert_road", whichever way the slash is then rewritten.
+DESERTS = ["department_store", "desert_road", "desert-sand", "desert-vegetation"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["department store", "desert/sand", "desert/vegetation", "desert road"],
+        ["department store", "sand desert", "vegetation desert", "desert road"],
+    ],
+)
+def test_names_of_the_data_in_another_order_are_refused(given, tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join(given))
+    with pytest.raises(ValueError, match="names.txt is in another order.*mapping") as caught:
+        shown_class_names(DESERTS, tmp_path / "names.txt")
+    for label in (1, 2, 3):
+        assert f"label {label} is {DESERTS[label]!r} in the data and {given[label]!r} here" in str(caught.value)
+    assert "label 0 is" not in str(caught.value)
+    # The same names by label are welcome, and so is whoever says what is renamed.
+    by_label = ["department store", "desert road", "sand desert", "vegetation desert"]
+    assert shown_class_names(DESERTS, by_label) == by_label
+    assert shown_class_names(DESERTS, dict(zip(DESERTS, given, strict=True))) == given
+
+
+def test_reworded_names_do_not_hide_two_that_are_swapped():
+    with pytest.raises(ValueError, match="2 labels have the name of another class: label 0 .* label 2"):
+        shown_class_names(["001.owl", "002.red_fox", "003.kite"], ["Kite", "fox", "owl"])
+
+
+def test_names_that_tell_nothing_about_the_order_are_not_compared():
+    # Numbers, WordNet ids, and a folder name that two classes have once spelling is set aside.
+    assert shown_class_names(["0", "1"], ["route 1", "route 0"]) == ["route 1", "route 0"]
+    assert shown_class_names(["1", "2", "3"], ["2", "1", "0"]) == ["2", "1", "0"]
+    assert shown_class_names(["house_boat", "boat_house"], ["boat house", "house boat"]) == [
+        "boat house",
+        "house boat",
+    ]
+    assert shown_class_names(["n01440764", "n01443537"], ["tench", "goldfish"]) == ["tench", "goldfish"]
+
+
+def test_wordnet_ids_are_refused_with_the_remedy():
+    with pytest.raises(UnusableNamesError, match="1 of 2 class names are WordNet ids, such as n01440764.*class_names"):
+        shown_class_names(["n01440764", "owl"])
+    with pytest.raises(UnusableNamesError, match="n01443537"):
+        shown_class_names(["n01440764", "n01443537"], {"n01440764": "tench"})
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("names.yaml", "red_fox:\nowl: snowy owl\n", "gives 'red_fox' the name None"),
+        ("names.json", '{"owl": null}', "gives 'owl' the name None"),
+        ("names.yaml", "[no, owl]", "gives label 0 the name False"),
+        ("names.json", '["fox", null]', "gives label 1 the name None"),
+        ("names.json", '[{"id": 1, "name": null}, {"id": 2, "name": "owl"}]', "gives label 0 the name None"),
+    ],
+)
+def test_a_name_that_is_no_text_is_refused(tmp_path, file, content, message):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=f"{file} {message}, which is no text"):
+        shown_class_names(["red_fox", "owl"], tmp_path / file)

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from ballad_hf import load_splits
+from ballad_hf import ShotGroups, load_splits
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +133,28 @@ def test_whole_numbers_are_labels_of_any_range(monkeypatch):
         load_splits("someone/beasts")
 
 
+@pytest.mark.parametrize("labels", [[0, -1, 1], [-1, -1, -1]])
+def test_a_negative_number_is_no_class(monkeypatch, labels):
+    hub(monkeypatch, train=dataset_of(labels, datasets.Value("int64")))
+    row, count = labels.index(-1), labels.count(-1)
+    with pytest.raises(ValueError, match=f"{count} images of the train split .* such as row {row} with -1.*remove"):
+        load_splits("someone/beasts")
+    good = dataset_of([0, 1], datasets.Value("int64"))
+    hub(monkeypatch, train=good, test=dataset_of([1, -1], datasets.Value("int64")))
+    with pytest.raises(ValueError, match="1 images of the test split .* such as row 1 with -1"):
+        load_splits("someone/beasts")
+
+
+def test_wordnet_ids_are_refused_as_class_names(monkeypatch):
+    hub(monkeypatch, train=dataset_of([0, 1], datasets.ClassLabel(names=["n01440764", "n01443537"])))
+    with pytest.raises(ValueError, match="WordNet ids, such as n01440764.*give class_names"):
+        load_splits("someone/beasts")
+    hub(monkeypatch, train=dataset_of(["n01440764", "n01443537"] * 2, datasets.Value("string")))
+    with pytest.raises(ValueError, match="WordNet ids, such as n01440764.*give class_names"):
+        load_splits("someone/beasts")
+    assert load_splits("someone/beasts", class_names=["tench", "goldfish"]).class_names == ["tench", "goldfish"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -208,9 +230,14 @@ def test_cifar_100_at_imbalance_100(monkeypatch):
     names = [f"class {label}" for label in range(100)]
     features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=names)})
     whole = datasets.Dataset.from_dict(columns, features=features)
-    hub(monkeypatch, train=whole, validation=whole.select(range(100)))
-    counts = load_splits("uoft-cs/cifar100", imbalance_factor=100).class_counts
+    hub(monkeypatch, train=whole, test=whole.select(range(100)))
+    splits = load_splits("uoft-cs/cifar100", imbalance_factor=100, validation_fraction=0)
+    counts = splits.class_counts
     assert (counts.sum(), counts[0], counts[99]) == (10_847, 500, 5)
+    # The paper's many-, medium- and few-shot classes.
+    assert [len(classes) for _, classes in ShotGroups.from_counts(counts).items()] == [35, 35, 30]
+    assert splits.validation is None
+    assert len(splits.test) == 100
 
 
 def test_the_library_works_offline():

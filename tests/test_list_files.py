@@ -1,5 +1,6 @@
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -105,10 +106,11 @@ def test_names_that_no_prompt_could_use_are_asked_for(tmp_path):
         for number in (0, 1)
     ]
     (tmp_path / "ImageNet_LT_train.txt").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="folders such as n01440764.*give class_names"):
+    with pytest.raises(ValueError, match="WordNet ids, such as n01440764.*give class_names"):
         load_splits(tmp_path)
     assert load_splits(tmp_path, class_names=["tench", "goldfish"]).class_names == ["tench", "goldfish"]
-    assert load_splits(tmp_path, class_names={"n01440764": "tench"}).class_names == ["tench", "n01443537"]
+    mapping = {"n01440764": "tench", "n01443537": "goldfish"}
+    assert load_splits(tmp_path, class_names=mapping).class_names == ["tench", "goldfish"]
     # The names of another benchmark do not fit.
     with pytest.raises(ValueError, match="has 3 names, but the data has 2 classes"):
         load_splits(tmp_path, class_names=["tench", "goldfish", "shark"])
@@ -121,6 +123,52 @@ def test_one_folder_for_all_classes_gives_no_names(tmp_path):
     with pytest.raises(ValueError, match="2 classes without names"):
         load_splits(tmp_path)
     assert load_splits(tmp_path, class_names=["cat", "dog"]).class_names == ["cat", "dog"]
+
+
+def test_given_names_are_compared_with_the_folders_of_the_list(benchmark):
+    with pytest.raises(ValueError, match="label 0 is 'airfield' in the data and 'zoo' here; label 2 is 'zoo'"):
+        load_splits(benchmark, class_names=["zoo", "tea room", "airfield"])
+    assert load_splits(benchmark, class_names=["air field", "tearoom", "zoo"]).class_names[0] == "air field"
+
+
+def test_classes_that_share_a_folder_do_not_end_the_comparison(benchmark):
+    """Names of the classes that do have a folder of their own are compared all the same."""
+    train = benchmark / "Places_LT_train.txt"
+    (benchmark / "train" / "misc").mkdir()
+    for number, label in enumerate((3, 4)):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(benchmark / "train" / "misc" / f"{number}.png")
+        train.write_text(train.read_text() + f"train/misc/{number}.png {label}\n")
+    names = ["airfield", "tea room", "zoo", "pier", "harbour"]
+    assert load_splits(benchmark, class_names=names).class_names == names
+    with pytest.raises(ValueError, match="label 1 is 'tea_room' in the data and 'zoo' here"):
+        load_splits(benchmark, class_names=["airfield", "zoo", "tea room", "pier", "harbour"])
+    with pytest.raises(ValueError, match="5 classes without names .* label 3 has no folder of its own"):
+        load_splits(benchmark)
+
+
+@pytest.mark.parametrize("digits", [19, 23, 5_000])
+def test_a_label_of_too_many_digits_is_a_malformed_line(tmp_path, digits):
+    path = tmp_path / "train.txt"
+    path.write_text(f"a/1.jpg 0\nb/2.jpg {'9' * digits}\n")
+    with pytest.raises(ValueError, match=r"has 1 lines that are not(.|\n)*line 2: 'b/2.jpg 9999"):
+        read_list_file(path)
+    path.write_text(f"b/2.jpg {'9' * 18}\n")
+    assert read_list_file(path).labels.tolist() == [10**18 - 1]
+
+
+@pytest.mark.parametrize("class_names", [None, ["airfield", "tea room", "zoo"]])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_label_far_beyond_the_list_is_refused_before_names_are_made_for_it(benchmark, split, class_names):
+    path = benchmark / f"Places_LT_{split}.txt"
+    path.write_text(path.read_text() + "train/zoo/train 0.png 400000000\n")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"Places_LT_{split}.txt gives train/zoo/train 0.png the label 400000000"):
+            load_splits(benchmark, class_names=class_names)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 50e6  # a list of 400 million names takes gigabytes
 
 
 def test_two_training_lists_in_a_folder_are_told_apart_by_the_user(tmp_path):
@@ -174,8 +222,14 @@ def test_inaturalist_with_loose_ends_is_refused(inaturalist):
     path.write_text("{}")
     with pytest.raises(ValueError, match="no list of `images`"):
         load_splits(inaturalist)
-    (inaturalist / "train2018.json").write_text('{"images": []}')
+    train = inaturalist / "train2018.json"
+    content = json.loads(train.read_text())
+    content["categories"][0]["name"] = None
+    train.write_text(json.dumps(content))
     path.unlink()
+    with pytest.raises(ValueError, match="train2018.json has 1 categories .* id 9 with None"):
+        load_splits(inaturalist)
+    train.write_text('{"images": []}')
     with pytest.raises(ValueError, match="train2018.json has no `annotations`"):
         load_splits(inaturalist)
 

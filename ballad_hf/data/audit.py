@@ -24,7 +24,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..command_errors import errors_in_one_line
-from .class_names import CollidingNamesError
+from .class_names import UnusableNamesError
 from .duplicates import (
     PIXEL_DIGEST_BYTES,
     THUMBNAIL_SIDE,
@@ -226,7 +226,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     collisions: dict[str, list[int]] = {}
     try:
         splits = load_splits(**told)
-    except CollidingNamesError as error:
+    except UnusableNamesError as error:
         # A training would stop here; an audit goes on, with names that differ, to find the rest too.
         collisions = error.clashes
         numbered = [f"{name} ({label})" for label, name in enumerate(error.names)]

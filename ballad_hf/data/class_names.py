@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,17 @@ ClassNames = str | os.PathLike[str] | Sequence[str] | Mapping[str, str]
 
 _RUNNING_NUMBER = re.compile(r"^\d{2,}\.(?=\w)")
 _BRACKETS = str.maketrans("[]{}_", "()() ")
+_WORDNET_ID = re.compile(r"n\d{8}")
+_MOST_SHOWN = 10
 
 
-class CollidingNamesError(ValueError):
-    """Classes that have the same name.
+class UnusableNamesError(ValueError):
+    """Class names that no prompt can use.
 
     Args:
         message: which, and what to do.
         names: all names, in label order.
-        clashes: name -> labels.
+        clashes: name -> labels, for names that several classes share.
     """
 
     def __init__(self, message: str, names: Sequence[str] = (), clashes: dict[str, list[int]] | None = None):
@@ -66,8 +69,9 @@ def shown_class_names(raw: Sequence[str], override: ClassNames | None = None) ->
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a list of another length than `raw`, empty or repeated names in it, a mapping of unknown names,
-            two classes with the same name at the end.
+        ValueError: a list of another length than `raw`, or one that gives a class the name that the data has for
+            another; a mapping of unknown names; a name that is empty or no text.
+        UnusableNamesError: WordNet ids; two classes with the same name.
 
     Example:
 
@@ -79,18 +83,28 @@ def shown_class_names(raw: Sequence[str], override: ClassNames | None = None) ->
     told: Any = _read(Path(override)) if isinstance(override, str | os.PathLike) else override
     if isinstance(told, Mapping):
         names = _mapped(raw, told, where)
+    elif told is None:
+        names = [clean_class_name(name) for name in raw]
     else:
-        names = [clean_class_name(name) for name in (raw if told is None else _listed(raw, told, where))]
+        names = [clean_class_name(name) for name in _listed(raw, told, where)]
+        _check_order(raw, names, where)
     empty = [index for index, name in enumerate(names) if not name]
     if empty:
         raise ValueError(f"Classes {empty} have no name left: give class_names.")
+    ids = [name for name in names if _WORDNET_ID.fullmatch(name)]
+    if ids:
+        raise UnusableNamesError(
+            f"{len(ids)} of {len(names)} class names are WordNet ids, such as {ids[0]}, which say nothing to a text "
+            "tower: give class_names, a file with one name a line in label order or a mapping from ids to names.",
+            names,
+        )
     clashes = colliding(names)
     if clashes:
         examples = "; ".join(
             f"{name!r} for {' and '.join(repr(str(raw[place])) for place in places)}"
-            for name, places in list(clashes.items())[:10]
+            for name, places in list(clashes.items())[:_MOST_SHOWN]
         )
-        raise CollidingNamesError(
+        raise UnusableNamesError(
             f"{len(clashes)} names stand for more than one class: {examples}. A prompt can't tell them apart: give "
             "class_names that can, for example a mapping with a word in brackets for each of them.",
             names,
@@ -118,7 +132,7 @@ def _read(path: Path) -> Any:
             "label order, or a JSON or YAML file."
         ) from error
     if isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
-        return [str(entry["name"]) for entry in sorted(content, key=lambda entry: entry["id"])]
+        return [entry.get("name") for entry in sorted(content, key=lambda entry: entry["id"])]
     if not isinstance(content, list | dict):
         raise ValueError(
             f"{path} holds {type(content).__name__}: give a list of names, or a mapping from raw to shown."
@@ -134,22 +148,57 @@ def _parsed(path: Path) -> Any:
 
 
 def _listed(raw: Sequence[str], override: Sequence[str], where: str) -> list[str]:
-    names = [str(name) for name in override]
+    names = list(override)
     if len(names) != len(raw):
         raise ValueError(
             f"{where} has {len(names)} names, but the data has {len(raw)} classes: give one a class, in label order "
             "(and make sure that the file belongs to this data set)."
         )
+    for label, name in enumerate(names):
+        _check_text(name, f"label {label}", where)
     return names
 
 
+def _check_order(raw: Sequence[str], names: Sequence[str], where: str) -> None:
+    """Refuse a class with the name that the data has for another: every metric would be wrong, in silence."""
+    keys = [_words(clean_class_name(name)) for name in raw]
+    repeats = Counter(keys)
+    label_of = {key: label for label, key in enumerate(keys) if key and repeats[key] == 1}
+    moved = [label for label, name in enumerate(names) if label_of.get(_words(name), label) != label]
+    if not moved:
+        return
+    shown = [f"label {label} is {raw[label]!r} in the data and {names[label]!r} here" for label in moved[:_MOST_SHOWN]]
+    more = f"; and {len(moved) - _MOST_SHOWN} more" if len(moved) > _MOST_SHOWN else ""
+    raise ValueError(
+        f"{where} is in another order than the labels: {len(moved)} labels have the name of another class: "
+        f"{'; '.join(shown)}{more}. Sort it by label, or leave class_names out to take the names of the data. To "
+        "rename classes on purpose, give a mapping from the data's names to others."
+    )
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """What the spellings "desert/sand", "sand desert" and "desert-sand" share; nothing where there is no letter."""
+    words = sorted(re.findall(r"[^\W_]+", name.lower()))
+    return tuple(words) if any(char.isalpha() for char in name) else ()
+
+
+def _check_text(name: object, whose: str, where: str) -> None:
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{where} gives {whose} the name {name!r}, which is no text: give a name, in quotes where YAML or JSON "
+            "would read it as a number, true, false or null."
+        )
+
+
 def _mapped(raw: Sequence[str], override: Mapping[str, str], where: str) -> list[str]:
-    known = {str(key): str(value) for key, value in override.items()}
+    for key, value in override.items():
+        _check_text(value, repr(key), where)
+    known = {str(key): value for key, value in override.items()}
     cleaned = [clean_class_name(name) for name in raw]
     unknown = sorted(set(known) - set(raw) - set(cleaned))
     if unknown:
         raise ValueError(
-            f"{where} names classes that the data does not have: {', '.join(unknown[:10])}. It has, for example, "
-            f"{', '.join(map(str, raw[:5]))}."
+            f"{where} names classes that the data does not have: {', '.join(unknown[:_MOST_SHOWN])}. It has, for "
+            f"example, {', '.join(map(str, raw[:5]))}."
         )
     return [known.get(name, known.get(clean, clean)) for name, clean in zip(raw, cleaned, strict=True)]

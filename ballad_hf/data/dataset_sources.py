@@ -147,6 +147,16 @@ def _classes(values: dict[str, np.ndarray], feature: Any) -> tuple[list[str], di
                     f"such as row {bad[0]} with {column[bad[0]]}."
                 )
         return list(feature.names), labels
+    for part, column in values.items():
+        if not np.issubdtype(column.dtype, np.integer):
+            continue
+        negative = np.flatnonzero(column < 0)
+        if len(negative):
+            raise ValueError(
+                f"{len(negative)} images of the {part} split have a negative label, such as row {negative[0]} with "
+                f"{column[negative[0]]}, which usually means that the label is not known: remove these rows, or "
+                "number the classes from 0."
+            )
     occurring = np.unique(values["train"])
     labels = {}
     for part, column in values.items():

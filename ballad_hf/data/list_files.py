@@ -16,7 +16,8 @@ from .raw_data import RawData, RawPart
 
 
 _MOST_SHOWN = 10
-_WORDNET_ID = re.compile(r"n\d{8}")
+_MOST_DIGITS = 18  # any number of so many fits into 64 bits
+_ALWAYS_ALLOWED = 1 << 16  # classes of lists that show only some of them
 
 
 class ListedPictures(NamedTuple):
@@ -49,8 +50,8 @@ def read_list_file(path: str | os.PathLike[str]) -> ListedPictures:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an empty file, or lines that are not a path and a whole number of 0 or more; all of them are
-            counted, and the first named with their line numbers.
+        ValueError: an empty file, or lines that are not a path and a whole number of 0 or more with at most 18 digits;
+            all of them are named with their line numbers.
 
     Example:
 
@@ -77,15 +78,15 @@ def read_list_file(path: str | os.PathLike[str]) -> ListedPictures:
         if not line.strip():
             continue
         words = line.rsplit(maxsplit=1)
-        if len(words) == 2 and words[1].isdecimal():
+        if len(words) == 2 and words[1].isdecimal() and len(words[1]) <= _MOST_DIGITS:
             paths.append(words[0].strip())
             labels.append(int(words[1]))
         else:
             malformed.append(f"line {number}: {line.strip()[:80]!r}")
     if malformed:
         raise ValueError(
-            f"{path} has {len(malformed)} lines that are not a path, a space and a label of 0 or more:\n"
-            + "\n".join(malformed)
+            f"{path} has {len(malformed)} lines that are not a path, a space and a label of 0 or more (at most "
+            f"{_MOST_DIGITS} digits):\n" + "\n".join(malformed)
         )
     if not paths:
         raise ValueError(f"{path} is empty: it needs a line of `path label` for each picture.")
@@ -123,7 +124,7 @@ def read_lists(
         listed, names = _read_inaturalist(files)
     else:
         listed = {part: read_list_file(path) for part, path in files.items()}
-        names = _names_of(listed, named_by_user=has_names)
+        names = _names_of(listed, files, named_by_user=has_names)
     parts = {part: RawPart(FilePictures(root, found.paths), found.labels) for part, found in listed.items()}
     parts, missing = _without_missing(parts, root, skip_missing)
     stem = _part_word(train.stem)
@@ -172,31 +173,45 @@ def _part_files(train: Path, chosen: dict[str, str | None]) -> dict[str, Path]:
     return files
 
 
-def _names_of(listed: dict[str, ListedPictures], named_by_user: bool) -> list[str]:
-    """Names from the folders of the training pictures, or placeholders for those that the user gives."""
-    classes = 1 + max(int(found.labels.max()) for found in listed.values())
+def _names_of(listed: dict[str, ListedPictures], files: dict[str, Path], named_by_user: bool) -> list[str]:
+    """Names from the folders of the training images; placeholders where there is none and the user names classes."""
+    names = _folder_names(listed["train"], _class_count(listed, files))
     if named_by_user:
-        found = _folder_names(listed["train"], classes)
-        return found if found else [str(label) for label in range(classes)]
-    names = _folder_names(listed["train"], classes)
-    if names is None or all(_WORDNET_ID.fullmatch(name) for name in names):
+        return [name or str(label) for label, name in enumerate(names)]
+    if not all(names):
         raise ValueError(
-            f"The lists give {classes} classes without names that a prompt could use"
-            f"{'' if names is None else f' (folders such as {names[0]})'}: give class_names, a file with one name a "
-            "line in label order."
+            f"The lists give {len(names)} classes without names that a prompt could use, as label {names.index('')} "
+            "has no folder of its own: give class_names, a file with one name a line in label order."
         )
     return names
 
 
-def _folder_names(listed: ListedPictures, classes: int) -> list[str] | None:
-    """The folder that all pictures of a class lie in, where it is another for each class."""
-    folder_of: dict[int, str] = {}
+def _class_count(listed: dict[str, ListedPictures], files: dict[str, Path]) -> int:
+    """One more than the highest label, which the length of the lists bounds before anything of that size is made."""
+    most = max(_ALWAYS_ALLOWED, sum(len(found.paths) for found in listed.values()))
+    for split, found in listed.items():
+        row = int(found.labels.argmax())
+        if found.labels[row] >= most:
+            raise ValueError(
+                f"{files[split]} gives {found.paths[row]} the label {found.labels[row]}, but labels are 0 to classes "
+                f"- 1, and the lists hold no more than {most} classes: number the classes without gaps."
+            )
+    return 1 + max(int(found.labels.max()) for found in listed.values())
+
+
+def _folder_names(listed: ListedPictures, classes: int) -> list[str]:
+    """The folder that all images of a class lie in and no image of another, or an empty text: (classes,)."""
+    folders_of: dict[int, set[str]] = {}
+    labels_in: dict[str, set[int]] = {}
     for path, label in zip(listed.paths, listed.labels.tolist(), strict=True):
         folder = os.path.basename(os.path.dirname(path))
-        if folder_of.setdefault(label, folder) != folder:
-            return None
-    names = [folder_of.get(label, "") for label in range(classes)]
-    return names if all(names) and len(set(names)) == classes else None
+        folders_of.setdefault(label, set()).add(folder)
+        labels_in.setdefault(folder, set()).add(label)
+    names = [""] * classes
+    for label, folders in folders_of.items():
+        if len(folders) == 1 and len(labels_in[min(folders)]) == 1:
+            names[label] = min(folders)
+    return names
 
 
 def _read_inaturalist(files: dict[str, Path]) -> tuple[dict[str, ListedPictures], list[str]]:
@@ -207,7 +222,13 @@ def _read_inaturalist(files: dict[str, Path]) -> tuple[dict[str, ListedPictures]
     if not contents["train"].get("annotations"):
         raise ValueError(f"{files['train']} has no `annotations`, so its pictures have no labels to learn from.")
     categories = contents["train"].get("categories") or []
-    names = {int(category["id"]): str(category["name"]) for category in categories}
+    names = {int(category["id"]): category["name"] for category in categories}
+    nameless = [category for category, name in names.items() if not isinstance(name, str)]
+    if nameless:
+        raise ValueError(
+            f"{files['train']} has {len(nameless)} categories whose name is no text, such as the id {nameless[0]} "
+            f"with {names[nameless[0]]!r}: name each."
+        )
     ids = sorted(names) or sorted({int(entry["category_id"]) for entry in contents["train"]["annotations"]})
     label_of = {category: label for label, category in enumerate(ids)}
     listed = {}

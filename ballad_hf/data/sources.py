@@ -60,8 +60,8 @@ def load_splits(
         image_column, label_column: of a data set of the `datasets` library; found where there is one choice.
         image_root: folder that the paths of a list start from; default: that of the list.
         class_names: how classes are called in prompts; see `shown_class_names`.
-        validation_fraction: share of each class held out where there is no validation part; at least one picture
-            of each class that has two, never the last.
+        validation_fraction: share of each class held out where there is no validation split; at least one image
+            of each class that has two, never the last. 0 trains on all images, without validation.
         imbalance_factor: make the training part long-tailed: largest class over smallest; the digits have 50.
         profile: shape of that tail, see `long_tailed_counts`.
         max_train_samples: so many training pictures, at least one a class, chosen at random.
@@ -86,8 +86,10 @@ def load_splits(
     >>> len(splits.validation), len(splits.test), splits.class_names[:3]
     (200, 500, ['zero', 'one', 'two'])
     """
-    if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction is {validation_fraction}: choose a share between 0 and 1.")
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction is {validation_fraction}: choose a share from 0 (no validation) to below 1."
+        )
     if on_unreadable not in ("raise", "skip"):
         raise ValueError(f"on_unreadable is {on_unreadable!r}: choose 'raise' or 'skip'.")
     if seed < 0:
@@ -114,7 +116,7 @@ def load_splits(
     train = parts["train"]
     if not len(train):
         raise ValueError(f"The training part of {raw.name} has no pictures.")
-    if "validation" not in parts:
+    if "validation" not in parts and validation_fraction > 0:
         train, parts["validation"] = _split_off(train, validation_fraction, seed)
     if imbalance_factor is None and raw.name == "digits":
         imbalance_factor = DIGITS_IMBALANCE
@@ -122,7 +124,7 @@ def load_splits(
         train = train.select(make_long_tailed(train.labels, imbalance_factor, profile, seed=_seed(seed, _TAIL)))
     if max_train_samples is not None:
         train = _shorter(train, max_train_samples, seed)
-    return Splits(train, parts["validation"], parts.get("test"), names, raw.name, unreadable)
+    return Splits(train, parts.get("validation"), parts.get("test"), names, raw.name, unreadable)
 
 
 def _read(
@@ -181,7 +183,7 @@ def _split_off(train: ImageSplit, fraction: float, seed: int) -> tuple[ImageSpli
     if not len(validation):
         raise ValueError(
             "Every class has one picture, so none can be held out for validation: name a validation part with "
-            "validation_split, or add pictures."
+            "validation_split, add pictures, or set validation_fraction to 0 to train without validation."
         )
     return train.select(np.setdiff1d(np.arange(len(train)), validation)), train.select(validation)
 

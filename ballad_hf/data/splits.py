@@ -162,7 +162,7 @@ class Splits:
 
     Args:
         train: what is learnt from.
-        validation: chooses what is kept; never the test part.
+        validation: chooses what is kept, never the test split; `None` where there is none, and the last epoch is kept.
         test: what is reported, or `None`.
         class_names: shown name of each class.
         name: of the data set, for reports.
@@ -170,7 +170,7 @@ class Splits:
     """
 
     train: ImageSplit
-    validation: ImageSplit
+    validation: ImageSplit | None
     test: ImageSplit | None
     class_names: list[str]
     name: str
