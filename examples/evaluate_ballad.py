@@ -100,6 +100,11 @@ def main(command_line: list[str]) -> None:
     parts = dict(splits.items())
     if options.part not in parts:
         raise ValueError(f"{splits.name} has no {options.part} part: choose --part among {', '.join(parts)}.")
+    if options.unknown_dataset is not None and splits.validation is None:
+        raise ValueError(
+            "unknown_dataset takes its threshold from the validation split, and there is none: give validation_split "
+            "or validation_fraction."
+        )
     part = relabel(parts[options.part], model.config.class_names)
 
     # What is asked of the model beyond its own settings.

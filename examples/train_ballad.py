@@ -64,6 +64,12 @@ def main(command_line: list[str]) -> None:
             check_push(repository_of(run))
     with accelerator.main_process_first():
         splits = load_splits(**vars(arguments.data), seed=run.seed)
+    test = splits.validation if splits.test is None else splits.test
+    if test is None:
+        raise ValueError(
+            f"{splits.name} has no test split, and validation_fraction 0 holds nothing out, so no accuracy could be "
+            "measured: give test_split, or a validation_fraction above 0."
+        )
     if accelerator.is_main_process and arguments.data.on_unreadable == "raise":
         check_pictures(splits)
     model, tokenizer, image_processor = load_model(arguments.model, splits.class_names, run.seed)
@@ -72,7 +78,6 @@ def main(command_line: list[str]) -> None:
     check_before_training(model.clip, splits, image_processor, batch_size)
     model.to(accelerator.device)
 
-    test = splits.validation if splits.test is None else splits.test
     reading = {"image_processor": image_processor, "num_workers": run.num_workers, "accelerator": accelerator}
     predictions = {"before training": predict(model, test, batch_size=run.eval_batch_size, **reading)}
 
@@ -110,7 +115,7 @@ def main(command_line: list[str]) -> None:
         transform=augmentation if phase_b.views > 1 else None,
         **extraction,
     )
-    validation_table = extract_features(model, splits.validation, **extraction)
+    validation_table = None if splits.validation is None else extract_features(model, splits.validation, **extraction)
     train_phase_b(model, train_table, phase_b, validation=validation_table, seed=run.seed)
     predictions["phase B"] = predict(model, test, batch_size=run.eval_batch_size, **reading)
 
@@ -155,6 +160,8 @@ def share(model, tokenizer, image_processor, splits, predictions, arguments):
     )
     folder = save_bundle(run.output_dir, model, tokenizer, image_processor, card=card, arguments=told, overwrite=True)
     part = "validation pictures, which chose the weights too" if splits.test is None else "test pictures"
+    if splits.validation is None:
+        part += " after the last epoch (no validation split)"
     print(f"\n{splits.name}: accuracy on {len(test)} {part}, in percent\n")
     print(f"{metrics_table(results)}\n\n{USE_IT.format(folder=folder)}")
     if run.push_to_hub:

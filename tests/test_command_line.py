@@ -73,7 +73,7 @@ def test_a_missing_file_is_named():
     ("line", "message"),
     [
         ("--adapter_ratio 1.5", "adapter_ratio is 1.5: choose a number from 0 to 1"),
-        ("--validation_fraction 0", "validation_fraction is 0.0"),
+        ("--validation_fraction 1", "validation_fraction is 1.0"),
         ("--imbalance_factor 0.5", "imbalance_factor is 0.5"),
         ("--imbalance_factor nan", "imbalance_factor is nan"),
         ("--num_workers -1", "num_workers is -1"),

@@ -98,8 +98,12 @@ def test_a_part_that_is_not_there(script, bundle, tmp_path):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         for copy in range(2):
             Image.new("RGB", (32, 32), (25 * label, 9 * copy, 0)).save(tmp_path / "pictures" / name / f"{copy}.png")
+    options = ["--dataset", str(tmp_path / "pictures")]
     with pytest.raises(ValueError, match="no test part: choose --part among train, validation"):
-        _run(script, bundle, tmp_path, "--dataset", str(tmp_path / "pictures"))
+        _run(script, bundle, tmp_path, *options)
+    options += ["--validation_fraction", "0", "--part", "train", "--unknown_dataset", "digits"]
+    with pytest.raises(ValueError, match="threshold from the validation split, and there is none"):
+        _run(script, bundle, tmp_path, *options)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,14 @@ def test_figures_of_the_validation_part_say_that_they_flatter(tiny_ballad):
     assert "flatter" not in str(_card(tiny_ballad, uneven, splits=splits))
 
 
+def test_a_run_without_validation_says_so(tiny_ballad, results):
+    splits = load_splits("digits")
+    said = "no validation split: each phase kept the weights of its last epoch"
+    assert said not in str(_card(tiny_ballad, results, splits=splits))
+    splits.validation = None
+    assert said in str(_card(tiny_ballad, results, splits=splits))
+
+
 def test_private_paths_stay_private(tiny_ballad, results, tmp_path):
     folder = tmp_path / "private-name" / "birds"
     folder.mkdir(parents=True)

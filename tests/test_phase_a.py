@@ -4,7 +4,11 @@ import copy
 import dataclasses
 import json
 import math
+
+
+import shutil
 import signal
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -464,6 +468,45 @@ def test_bad_input_is_named(model, splits, encoder):
         trained(model, splits, encoder, arguments(), resume="auto")
     with pytest.raises(ValueError, match="metric_for_best is 'many'"):
         trained(model, splits, encoder, arguments(metric_for_best="many"))
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_without_validation_the_last_epoch_is_kept_and_said(splits, encoder, tmp_path, caplog, ema_decay):
+    told = arguments(epochs=3, ema_decay=ema_decay)
+    without = dataclasses.replace(splits, validation=None)
+
+    def run(splits, **options):
+        model = BalladForImageClassification.from_dual_encoder(deepcopy(encoder.clip), NAMES, encoder.tokenizer)
+        return trained(model, splits, encoder, told, **options), copy_of(model)
+
+    result, weights = run(without, output_dir=tmp_path)
+    assert (result.best_epoch, result.steps, result.validation, result.zero_shot) == (3, 12, None, None)
+    assert [sorted(entry) for entry in result.history[1:]] == [["epoch", "learning_rate", "loss", "step"]] * 3
+    (said,) = [record.getMessage() for record in caplog.records if "no validation split" in record.getMessage()]
+    assert "phase A keeps the weights of its last epoch" in said
+    # A validation that always prefers what came last must keep the same weights.
+    rising = iter(range(1, 9))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validator, "__call__", lambda self, towers: dict.fromkeys(FIGURES, next(rising) / 10))
+        with_validation, expected = run(splits)
+    assert with_validation.best_epoch == 3
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    # The state of a run without validation is read back and gone on from.
+    shutil.rmtree(tmp_path / "phase_a" / "result")
+    shutil.rmtree(max((tmp_path / "phase_a").glob("step-*")))
+    resumed, again = run(without, output_dir=tmp_path, resume="auto")
+    assert (resumed.best_epoch, resumed.resumed_from) == (3, 8)
+    assert all(torch.equal(weights[name], value) for name, value in again.items())
+
+
+@pytest.mark.parametrize(
+    "option", [{"tail_guard": "stop"}, {"tail_guard": "interpolate"}, {"early_stopping_patience": 2}]
+)
+def test_what_needs_validation_is_refused_without_it(model, splits, encoder, option):
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"no validation split, which {name}={value!r} needs.*validation_fraction"):
+        trained(model, dataclasses.replace(splits, validation=None), encoder, arguments(**option))
 
 
 def test_each_validation_is_a_line_in_the_log(model, splits, encoder, caplog):

@@ -120,6 +120,15 @@ def test_it_learns_what_the_towers_got_wrong(tiny_ballad):
     assert [entry["epoch"] for entry in result.history] == list(range(11))
 
 
+def test_without_validation_the_last_epoch_is_kept_and_said(tiny_ballad, caplog):
+    """Even where validation would have kept the start, as in the test below."""
+    table = table_for(tiny_ballad)
+    result = train_phase_b(tiny_ballad, table, PhaseBArguments(epochs=3, adapter_start="identity"))
+    assert (result.best_epoch, result.validation) == (3, None)
+    assert not torch.equal(weight_of(tiny_ballad), torch.eye(16))
+    assert "no validation table: phase B keeps the adapter of its last epoch" in caplog.text
+
+
 def test_a_start_that_nothing_beats_is_kept(tiny_ballad):
     table = table_for(tiny_ballad)
     before = weight_of(tiny_ballad)

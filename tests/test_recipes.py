@@ -74,7 +74,8 @@ def listed(data: str, tower: str) -> dict:
     return {
         "dataset": f"data/{lists}/{lists}_train.txt",
         "image_root": f"data/{pictures}",
-        "class_names": f"data/{lists}/class_names.txt",
+        # The folders of Places-LT's lists are the names of its classes.
+        "class_names": f"data/{lists}/class_names.txt" if data == "imagenet_lt" else None,
         "model_name_or_path": TOWERS[tower],
     }
 
@@ -100,7 +101,7 @@ def expected_values() -> dict[str, dict]:
             "test_split": "test",
             "imbalance_factor": float(imbalance),
             "profile": "exponential",
-            "validation_fraction": 0.02,
+            "validation_fraction": 0.0,
             "model_name_or_path": TOWERS["vit_b16"],
             "num_workers": 4,
             "phase_a_micro_batch_size": 128,
@@ -141,18 +142,18 @@ def test_the_command_line_goes_over_a_recipe():
     assert arguments.phase_a.loss == "class_prompt"
 
 
-@pytest.mark.parametrize(("imbalance", "smallest"), [(10, 49), (50, 9), (100, 4)])
-def test_the_tail_of_cifar(imbalance, smallest):
-    """500 pictures a class less the ten that are held out."""
+@pytest.mark.parametrize(("imbalance", "images", "smallest"), [(10, 19_573, 50), (50, 12_608, 10), (100, 10_847, 5)])
+def test_the_tail_of_cifar(imbalance, images, smallest):
+    """The counts of the paper's protocol, with nothing held out."""
     data = read(f"cifar100_lt_{imbalance}_vit_b16").data
     largest = 500 - round(500 * data.validation_fraction)
     counts = long_tailed_counts(largest, 100, data.imbalance_factor, data.profile)
-    assert (counts[0], counts[-1]) == (490, smallest)
+    assert (sum(counts), counts[0], counts[-1]) == (images, 500, smallest)
 
 
 @pytest.mark.parametrize("imbalance", [10, 50, 100])
 def test_the_columns_of_cifar_are_read(tmp_path, imbalance):
-    """A data set with CIFAR-100's columns: three classes of 110 pictures, of which two are held out each."""
+    """A data set with CIFAR-100's columns: three classes of 110 images, all of them trained on."""
     from datasets import ClassLabel, Dataset, DatasetDict, Features
     from datasets import Image as ImageFeature
 
@@ -174,18 +175,19 @@ def test_the_columns_of_cifar_are_read(tmp_path, imbalance):
     data = replace(read(f"cifar100_lt_{imbalance}_vit_b16").data, dataset=str(tmp_path / "cifar"))
     splits = load_splits(**vars(data), seed=0)
     assert splits.class_names == ["apple", "aquarium fish", "baby"]
-    middle = {10: 34, 50: 15, 100: 10}  # 108 / sqrt(imbalance), rounded down
-    assert splits.class_counts.tolist() == [108, middle[imbalance], 108 // imbalance]
-    assert (len(splits.validation), len(splits.test)) == (6, 15)
+    middle = {10: 34, 50: 15, 100: 11}  # 110 / sqrt(imbalance), rounded down
+    assert splits.class_counts.tolist() == [110, middle[imbalance], 110 // imbalance]
+    assert splits.validation is None
+    assert len(splits.test) == 15
 
 
 @pytest.mark.parametrize("data", ["imagenet_lt", "places_lt"])
 def test_the_lists_pictures_and_names_lie_where_the_recipe_looks(tmp_path, monkeypatch, data):
-    """Folders as the data sets have them: WordNet ids, and places whose last folder is not unique."""
+    """Folders as the lists have them: WordNet ids, and names of places."""
     lists, pictures = LISTS[data]
     folders = {
         "imagenet_lt": ["train/n01440764", "train/n01443537"],
-        "places_lt": ["data_256/a/apartment_building/outdoor", "data_256/c/church/outdoor"],
+        "places_lt": ["train/desert_road", "train/desert-sand"],
     }[data]
     (tmp_path / "data" / lists).mkdir(parents=True)
     for part, count in (("train", 3), ("val", 2), ("test", 1)):
@@ -197,11 +199,18 @@ def test_the_lists_pictures_and_names_lie_where_the_recipe_looks(tmp_path, monke
                 Image.new("RGB", (8, 8)).save(tmp_path / "data" / pictures / path)
                 lines.append(f"{path} {label}\n")
         (tmp_path / "data" / lists / f"{lists}_{part}.txt").write_text("".join(lines))
-    (tmp_path / "data" / lists / "class_names.txt").write_text("tench\ngoldfish\n")
+    if data == "imagenet_lt":
+        (tmp_path / "data" / lists / "class_names.txt").write_text("tench\ngoldfish\n")
     monkeypatch.chdir(tmp_path)
     splits = load_splits(**vars(read(f"{data}_rn50").data), seed=0)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [6, 4, 2]
-    assert splits.class_names == ["tench", "goldfish"]
+    assert (
+        splits.class_names
+        == {
+            "imagenet_lt": ["tench", "goldfish"],
+            "places_lt": ["desert road", "desert-sand"],
+        }[data]
+    )
 
 
 def test_the_official_settings_on_the_digits():

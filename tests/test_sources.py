@@ -184,6 +184,16 @@ def test_a_long_tail_is_made_after_the_validation_part_was_held_out(tmp_path):
     assert not content(splits.train) & content(splits.validation)
 
 
+def test_a_fraction_of_0_holds_nothing_out(tmp_path):
+    make_folder(tmp_path / "own", {"owl": 3, "fox": 1})
+    splits = load_splits(tmp_path / "own", validation_fraction=0)
+    assert splits.class_counts.tolist() == [1, 3]
+    assert (splits.validation, splits.test) == (None, None)
+    assert [name for name, _ in splits.items()] == ["train"]
+    # A validation split that the data has is used whatever the fraction is.
+    assert len(load_splits("digits", validation_fraction=0).validation) == 200
+
+
 def test_a_quick_try_keeps_every_class():
     splits = load_splits("digits", max_train_samples=30)
     assert len(splits.train) == 30
@@ -197,7 +207,8 @@ def test_a_quick_try_keeps_every_class():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"validation_fraction": 0}, "validation_fraction is 0"),
+        ({"validation_fraction": 1}, "validation_fraction is 1"),
+        ({"validation_fraction": -0.1}, "validation_fraction is -0.1"),
         ({"validation_fraction": float("nan")}, "validation_fraction is nan"),
         ({"imbalance_factor": -3}, "imbalance_factor is -3"),
         ({"profile": "cliff"}, "profile is 'cliff'"),

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from ballad_hf import BalladForImageClassification, FeatureTable, load_splits, train_phase_b
 from ballad_hf.evaluation.evaluate import evaluate
@@ -237,6 +238,15 @@ def test_the_command_moves_the_ratio_alone_over_five_crops(saved, tmp_path):
     after = BalladForImageClassification.from_pretrained(out)
     assert torch.equal(before.adapter.linear.weight, after.adapter.linear.weight)
     assert json.loads((out / "sweep.json").read_text())["trials"] == []
+
+
+def test_the_command_refuses_to_choose_without_validation(saved, tmp_path):
+    for label, name in enumerate(load_splits("digits").class_names):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (25 * label, 0, 0)).save(tmp_path / "images" / name / "0.png")
+    options = ["--dataset", str(tmp_path / "images"), "--validation_fraction", "0"]
+    with pytest.raises(ValueError, match="no validation split, on which a sweep chooses.*--validation_fraction"):
+        main([str(saved), "--output_dir", str(tmp_path / "swept"), *options])
 
 
 def test_the_command_checks_its_bounds(saved):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from transformers import pipeline
 
 from ballad_hf.hub.layout import LAYOUT
+from tests.conftest import example_module
 from tests.hub_server import GOOD_TOKEN, HubServer
 
 
@@ -139,6 +141,23 @@ def test_a_picture_that_was_cut_off_is_named_before_training(picture_folder, tmp
     assert f"{broken} can't be read" in result.stderr
     assert "--on_unreadable skip" in result.stderr
     assert "Phase A" not in result.stderr
+
+
+def test_all_images_are_trained_on_where_nothing_is_held_out(picture_folder, tmp_path, capsys, caplog):
+    """Without a test split there is nothing to measure; with one, the last epoch of both phases is what it says."""
+    main = example_module("train_ballad").main
+    options = ["--model_name_or_path", "tiny", "--validation_fraction", "0", "--output_dir", str(tmp_path / "run")]
+    options += [*QUICK, "--phase_a_batch_size", "4", "--phase_b_batch_size", "4", "--mixed_precision", "no"]
+    with pytest.raises(ValueError, match="no test split, and validation_fraction 0"):
+        main(["--dataset", str(picture_folder), *options])
+    for split in ("train", "test"):
+        shutil.copytree(picture_folder, tmp_path / "splits" / split)
+    main(["--dataset", str(tmp_path / "splits"), *options, "--overwrite_output_dir", "true"])
+    assert "phase A keeps the weights of its last epoch" in caplog.text
+    assert "phase B keeps the adapter of its last epoch" in caplog.text
+    assert "22 test pictures after the last epoch (no validation split)" in capsys.readouterr().out
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["class_counts"] == [6, 12, 4]
 
 
 def test_a_users_own_pictures_and_checkpoint(picture_folder, clip_folder, tmp_path):

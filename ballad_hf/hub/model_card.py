@@ -289,7 +289,10 @@ def _parts_table(splits: Splits | None) -> str | None:
         return None
     parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     rows = [[name, str(len(part)), f"`{part.fingerprint()}`"] for name, part in parts.items() if part is not None]
-    return _markdown_table(["part", "pictures", "fingerprint"], rows)
+    table = _markdown_table(["part", "pictures", "fingerprint"], rows)
+    if splits.validation is not None:
+        return table
+    return f"{table}\n\nThere was no validation split: each phase kept the weights of its last epoch."
 
 
 def _limits(results: Mapping[str, LongTailMetrics], seeds: Sequence[int], part: str) -> list[str]:

@@ -43,15 +43,19 @@ class DataArguments:
     class_names: str | None = _option(
         "file of class names in label order, a line each, or a mapping raw name: shown name"
     )
-    validation_fraction: float = _option("share of each class held out where there is no validation part", 0.1)
+    validation_fraction: float = _option(
+        "share of each class held out where there is no validation split; 0: none, and the last epoch is kept", 0.1
+    )
     imbalance_factor: float | None = _option("make the training part long-tailed: largest class over smallest")
     profile: Literal["exponential", "step", "pareto"] = _option("shape of that tail", "exponential")
     max_train_samples: int | None = _option("use this many training pictures, for a quick try")
     on_unreadable: Literal["raise", "skip"] = _option("what a picture that can't be read does", "raise")
 
     def __post_init__(self):
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction is {self.validation_fraction}: choose a share between 0 and 1.")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction is {self.validation_fraction}: choose a share from 0 (no validation) to below 1."
+            )
         if self.imbalance_factor is not None and not self.imbalance_factor >= 1:
             raise ValueError(
                 f"imbalance_factor is {self.imbalance_factor}: the largest class over the smallest, so 1 or more."

@@ -53,11 +53,11 @@ def train_phase_a(
     progress: bool = True,
     on_checkpoint: Callable[[Path], object] | None = None,
 ) -> PhaseAResult:
-    """Train the model's towers in place, keep the best weights on the validation part, refresh the class embeddings.
+    """Train the model's towers in place, keep the best weights on the validation split, refresh the class embeddings.
 
     Args:
         model: a Ballad with these classes; its adapter takes no part and stays as it is.
-        splits: `train`, and `validation` where there is one; the test part is not touched.
+        splits: `train`, and `validation`, without which the last epoch is kept; the test split is not touched.
         tokenizer: of the text tower.
         image_processor: makes the pixels; the augmentation uses its sizes and numbers.
         arguments: see [`PhaseAArguments`].
@@ -77,7 +77,8 @@ def train_phase_a(
         What happened, and which weights were kept. The model is in evaluation mode and in float32.
 
     Raises:
-        ValueError: classes that are not the model's, sizes that do not fit, a checkpoint of another run.
+        ValueError: classes that are not the model's, sizes that do not fit, arguments that need a validation split
+            where there is none, a checkpoint of another run.
         FileNotFoundError: no checkpoint at the path in `resume`.
         NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is good, the model in memory is not.
         TrainingInterrupted: SIGTERM or Ctrl-C came, and everything is saved.
@@ -99,6 +100,8 @@ def train_phase_a(
     arguments = arguments or PhaseAArguments()
     accelerator = accelerator or Accelerator()
     _check_classes(model, splits)
+    if splits.validation is None and arguments.epochs:
+        _go_without_validation(arguments, accelerator)
     if resume not in (None, "never") and output_dir is None:
         raise ValueError(f"resume is {str(resume)!r}, but there is no output_dir to find checkpoints in.")
     model.float().to(accelerator.device)
@@ -264,3 +267,20 @@ def _check_classes(model: BalladForImageClassification, splits: Splits) -> None:
             f"The model's {model.config.num_labels} classes are not the {len(splits.class_names)} of the data: call "
             "model.set_class_names(splits.class_names, tokenizer) first."
         )
+
+
+def _go_without_validation(arguments: PhaseAArguments, accelerator: Accelerator) -> None:
+    """Say that the last epoch is kept, and refuse what can't work without validation."""
+    wanted = {
+        "tail_guard": arguments.tail_guard if arguments.tail_guard in ("interpolate", "stop") else None,
+        "early_stopping_patience": arguments.early_stopping_patience,
+    }
+    given = [f"{name}={value!r}" for name, value in wanted.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"There is no validation split, which {' and '.join(given)} needs: leave that out, name a validation "
+            "split, or hold one out with validation_fraction."
+        )
+    if accelerator.is_main_process:
+        guard = "" if arguments.tail_guard == "off" else ", and the tail guard is off"
+        logger.warning(f"There is no validation split: phase A keeps the weights of its last epoch{guard}.")

@@ -135,6 +135,8 @@ def train_phase_b(
             best.offer(epoch, stack, accuracies)
     if arguments.epochs and best.epoch == 0:
         logger.warning("No epoch of phase B was better on the validation part than its start, which is kept.")
+    if arguments.epochs and validation is None:
+        logger.warning("There is no validation table: phase B keeps the adapter of its last epoch.")
     apply_adapter(model, best.weight, table)
     result.best_epoch, result.validation = best.epoch, best.accuracies
     result.steps = arguments.epochs * steps

@@ -108,6 +108,11 @@ def main(command_line: Sequence[str] | None = None) -> Path:
     image_processor = AutoImageProcessor.from_pretrained(options.model)
     with accelerator.main_process_first():
         splits = load_splits(**vars(data), seed=options.seed)
+    if splits.validation is None:
+        raise ValueError(
+            "There is no validation split, on which a sweep chooses: name one with --validation_split, or hold one "
+            "out with --validation_fraction."
+        )
     tables = _tables(model, splits, image_processor, phase_b, options, accelerator)
     if not accelerator.is_main_process:
         return folder
