@@ -18,7 +18,7 @@ from typing import Literal
 from accelerate import Accelerator
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
-from ballad_hf import LongTailMetrics, load_splits
+from ballad_hf import LongTailMetrics, as_image_dataset, load_image_dataset
 from ballad_hf.command_errors import errors_in_one_line
 from ballad_hf.data.transforms import evaluation_transform, five_crop_transform
 from ballad_hf.evaluation.evaluate import predict
@@ -89,23 +89,24 @@ def main(command_line: list[str]) -> None:
     model = load_ballad(options.model)
     image_processor = AutoImageProcessor.from_pretrained(options.model)
     with accelerator.main_process_first():
-        splits = load_splits(**vars(data), seed=options.seed)
+        dataset = load_image_dataset(**vars(data), seed=options.seed)
+    name, dataset_name = Path(options.model).name, dataset["train"].info.dataset_name
+    splits = {split: as_image_dataset(images) for split, images in dataset.items()}
     if options.classes == "data":
         if not model.config.has_text_tower:
             raise ValueError(f"{options.model} has no text tower, so it can't take over classes: leave --classes out.")
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model.set_class_names(splits.class_names, tokenizer)
+        model.set_class_names(splits["train"].class_names, tokenizer)
     if options.classes == "data" or model.config.class_counts is None:
-        model.config.class_counts = relabel(splits.train, model.config.class_names).class_counts.tolist()
-    parts = dict(splits.items())
-    if options.part not in parts:
-        raise ValueError(f"{splits.name} has no {options.part} part: choose --part among {', '.join(parts)}.")
-    if options.unknown_dataset is not None and splits.validation is None:
+        model.config.class_counts = relabel(splits["train"], model.config.class_names).class_counts.tolist()
+    if options.part not in splits:
+        raise ValueError(f"{dataset_name} has no {options.part} part: choose --part among {', '.join(splits)}.")
+    if options.unknown_dataset is not None and "validation" not in splits:
         raise ValueError(
             "unknown_dataset takes its threshold from the validation split, and there is none: give validation_split "
             "or validation_fraction."
         )
-    part = relabel(parts[options.part], model.config.class_names)
+    part = relabel(splits[options.part], model.config.class_names)
 
     # What is asked of the model beyond its own settings.
     if options.adapter_ratio is not None:
@@ -123,16 +124,16 @@ def main(command_line: list[str]) -> None:
     said = predict(model, part, **reading)
     unknown = None
     if options.unknown_dataset is not None:
-        others = load_splits(options.unknown_dataset, on_unreadable=data.on_unreadable, seed=options.seed)
-        unknown = predict(model, others.test or others.validation, unknown=True, **reading)
-        threshold = threshold_that_keeps(predict(model, relabel(splits.validation, part.class_names), **reading))
+        others = load_image_dataset(options.unknown_dataset, on_unreadable=data.on_unreadable, seed=options.seed)
+        others = as_image_dataset(others["test" if "test" in others else "validation"])
+        unknown = predict(model, others, unknown=True, **reading)
+        threshold = threshold_that_keeps(predict(model, relabel(splits["validation"], part.class_names), **reading))
 
     # What came of it.
     if not accelerator.is_main_process:
         return
     metrics = LongTailMetrics.from_predictions(said, model.config.class_counts, model.config.class_names)
-    name = Path(options.model).name
-    print(f"\n{splits.name}, {options.part} part: {len(part)} pictures, accuracy in percent\n")
+    print(f"\n{dataset_name}, {options.part} part: {len(part)} images, accuracy in percent\n")
     print(metrics_table({name: metrics}))
     for figure, (low, high) in confidence_intervals(metrics).items():
         print(f"{figure}: {percent(getattr(metrics, figure))}, 95 % interval {percent(low)} to {percent(high)}")
@@ -147,7 +148,7 @@ def main(command_line: list[str]) -> None:
         output_dir,
         {name: metrics},
         {name: said},
-        title=f"{name} on {splits.name}, {options.part} part",
+        title=f"{name} on {dataset_name}, {options.part} part",
         split=part,
         arguments=vars(data) | vars(options),
     )

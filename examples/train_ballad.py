@@ -15,16 +15,17 @@ from accelerate.utils import set_seed
 from ballad_hf import (
     BalladForImageClassification,
     LongTailMetrics,
+    as_image_dataset,
     extract_features,
-    load_splits,
+    load_image_dataset,
     push_bundle,
     save_bundle,
     train_phase_a,
     train_phase_b,
 )
 from ballad_hf.command_errors import errors_in_one_line
+from ballad_hf.data.images import check_images
 from ballad_hf.data.transforms import train_transform
-from ballad_hf.data.unreadable import check_pictures
 from ballad_hf.evaluation.evaluate import predict
 from ballad_hf.evaluation.results import write_results
 from ballad_hf.evaluation.table import metrics_table
@@ -63,19 +64,22 @@ def main(command_line: list[str]) -> None:
         if run.push_to_hub:
             check_push(repository_of(run))
     with accelerator.main_process_first():
-        splits = load_splits(**vars(arguments.data), seed=run.seed)
-    test = splits.validation if splits.test is None else splits.test
+        dataset = load_image_dataset(**vars(arguments.data), seed=run.seed)
+    name = dataset["train"].info.dataset_name
+    splits = {split: as_image_dataset(images) for split, images in dataset.items()}
+    train, validation = splits["train"], splits.get("validation")
+    test = splits.get("test", validation)
     if test is None:
         raise ValueError(
-            f"{splits.name} has no test split, and validation_fraction 0 holds nothing out, so no accuracy could be "
+            f"{name} has no test split, and validation_fraction 0 holds nothing out, so no accuracy could be "
             "measured: give test_split, or a validation_fraction above 0."
         )
     if accelerator.is_main_process and arguments.data.on_unreadable == "raise":
-        check_pictures(splits)
-    model, tokenizer, image_processor = load_model(arguments.model, splits.class_names, run.seed)
-    model.config.class_counts = splits.class_counts.tolist()
+        check_images(splits)
+    model, tokenizer, image_processor = load_model(arguments.model, train.class_names, run.seed)
+    model.config.class_counts = train.class_counts.tolist()
     batch_size = phase_a.batch_size if phase_a.epochs else None
-    check_before_training(model.clip, splits, image_processor, batch_size)
+    check_before_training(model.clip, train, image_processor, batch_size)
     model.to(accelerator.device)
 
     reading = {"image_processor": image_processor, "num_workers": run.num_workers, "accelerator": accelerator}
@@ -87,10 +91,11 @@ def main(command_line: list[str]) -> None:
         pusher = CheckpointPusher(repository_of(run), private=run.hub_private or None)
     train_phase_a(
         model,
-        splits,
+        train,
         tokenizer,
         image_processor,
         phase_a,
+        eval_dataset=validation,
         accelerator=accelerator,
         output_dir=output_dir,
         seed=run.seed,
@@ -110,17 +115,17 @@ def main(command_line: list[str]) -> None:
     )
     train_table = extract_features(
         model,
-        splits.train,
+        train,
         views=phase_b.views,
         transform=augmentation if phase_b.views > 1 else None,
         **extraction,
     )
-    validation_table = None if splits.validation is None else extract_features(model, splits.validation, **extraction)
+    validation_table = None if validation is None else extract_features(model, validation, **extraction)
     train_phase_b(model, train_table, phase_b, validation=validation_table, seed=run.seed)
     predictions["phase B"] = predict(model, test, batch_size=run.eval_batch_size, **reading)
 
     if accelerator.is_main_process:
-        share(model, tokenizer, image_processor, splits, predictions, arguments)
+        share(model, tokenizer, image_processor, dataset, predictions, arguments)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -146,23 +151,24 @@ def repository_of(run):
     return run.hub_model_id or Path(run.output_dir).name
 
 
-def share(model, tokenizer, image_processor, splits, predictions, arguments):
+def share(model, tokenizer, image_processor, dataset, predictions, arguments):
     """Save everything in one folder, say what came of it and how to use it, and push it where that was asked for."""
     run, told = arguments.run, arguments.to_dict()
-    test = splits.validation if splits.test is None else splits.test
+    name, train = dataset["train"].info.dataset_name, as_image_dataset(dataset["train"])
+    test = as_image_dataset(dataset["test" if "test" in dataset else "validation"])
     results = {
-        stage: LongTailMetrics.from_predictions(said, splits.class_counts, splits.class_names)
+        stage: LongTailMetrics.from_predictions(said, train.class_counts, train.class_names)
         for stage, said in predictions.items()
     }
-    plots = write_results(run.output_dir, results, predictions, title=splits.name, split=test, arguments=told)
+    plots = write_results(run.output_dir, results, predictions, title=name, split=test, arguments=told)
     card = render_model_card(
-        model, results, dataset_name=splits.name, arguments=told, splits=splits, seeds=run.seed, plots=plots
+        model, results, dataset_name=name, arguments=told, dataset=dataset, seeds=run.seed, plots=plots
     )
     folder = save_bundle(run.output_dir, model, tokenizer, image_processor, card=card, arguments=told, overwrite=True)
-    part = "validation pictures, which chose the weights too" if splits.test is None else "test pictures"
-    if splits.validation is None:
+    part = "test images" if "test" in dataset else "validation images, which chose the weights too"
+    if "validation" not in dataset:
         part += " after the last epoch (no validation split)"
-    print(f"\n{splits.name}: accuracy on {len(test)} {part}, in percent\n")
+    print(f"\n{name}: accuracy on {len(test)} {part}, in percent\n")
     print(f"{metrics_table(results)}\n\n{USE_IT.format(folder=folder)}")
     if run.push_to_hub:
         try:

@@ -5,13 +5,13 @@ from copy import deepcopy
 
 import pytest
 
-from ballad_hf import BalladForImageClassification, evaluate, load_splits, save_bundle
+from ballad_hf import BalladForImageClassification, evaluate, save_bundle
 from ballad_hf.data.transforms import five_crop_transform
 from ballad_hf.evaluation.relabel import relabel
 from ballad_hf.evaluation.results import read_results
 from ballad_hf.models.tiny_clip import build_tiny_clip
 
-from .conftest import example_module
+from .conftest import example_module, load_splits
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from ballad_hf import LongTailMetrics, load_splits
+from ballad_hf import LongTailMetrics
 from ballad_hf.evaluation.predictions import Predictions
 from ballad_hf.evaluation.relabel import relabel
 from ballad_hf.evaluation.results import read_results, write_results
+
+from .conftest import load_splits
 
 
 def _stages(pictures=12):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ballad_hf import FeatureTable, load_splits
+from ballad_hf import FeatureTable
 from ballad_hf.evaluation.evaluate import evaluate
 from ballad_hf.features.extraction import extract_features
 from ballad_hf.training.heads import (
@@ -21,6 +21,8 @@ from ballad_hf.training.heads import (
     head_metrics,
     prompt_ensemble,
 )
+
+from .conftest import load_splits
 
 
 def blobs(seed=0, rows_of=(150, 30, 6), noise=0.35) -> FeatureTable:

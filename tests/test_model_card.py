@@ -6,14 +6,15 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 
-from ballad_hf import LongTailMetrics, load_splits
+from ballad_hf import LongTailMetrics, load_image_dataset
+from ballad_hf.data.image_dataset import ImageDataset
 from ballad_hf.hub.model_card import evaluation_result_file, render_model_card
 from ballad_hf.training.command_line import parse_arguments
 
@@ -96,25 +97,25 @@ def test_limits_are_read_off_the_figures(tiny_ballad, results):
 
 
 def test_figures_of_the_validation_part_say_that_they_flatter(tiny_ballad):
-    splits = load_splits("digits")
-    splits.test = None
+    dataset = load_image_dataset("digits")
+    del dataset["test"]
     uneven = {"phase B": _metrics([4, 9, 9, 9, 0], pictures=9)}
-    text = str(_card(tiny_ballad, uneven, splits=splits))
+    text = str(_card(tiny_ballad, uneven, dataset=dataset))
     assert "on the validation part (45 pictures)" in text
     assert "so they flatter the model" in text
     assert "never recognised in the validation pictures" in text
     assert "Classes with fewer than 10 validation pictures, whose own figures are uncertain: 5." in text
     assert "test pictures" not in text
-    splits = load_splits("digits")
-    assert "flatter" not in str(_card(tiny_ballad, uneven, splits=splits))
+    dataset = load_image_dataset("digits")
+    assert "flatter" not in str(_card(tiny_ballad, uneven, dataset=dataset))
 
 
 def test_a_run_without_validation_says_so(tiny_ballad, results):
-    splits = load_splits("digits")
+    dataset = load_image_dataset("digits")
     said = "no validation split: each phase kept the weights of its last epoch"
-    assert said not in str(_card(tiny_ballad, results, splits=splits))
-    splits.validation = None
-    assert said in str(_card(tiny_ballad, results, splits=splits))
+    assert said not in str(_card(tiny_ballad, results, dataset=dataset))
+    del dataset["validation"]
+    assert said in str(_card(tiny_ballad, results, dataset=dataset))
 
 
 def test_private_paths_stay_private(tiny_ballad, results, tmp_path):
@@ -153,15 +154,15 @@ def test_class_names_cannot_break_the_page(tiny_ballad):
 
 
 def test_thresholds_parts_and_pictures_are_those_of_the_run(tiny_ballad):
-    part = type("Part", (), {"__len__": lambda self: 7, "fingerprint": lambda self: "abc123"})()
-    splits = SimpleNamespace(train=part, validation=part, test=None)
+    part = ImageDataset([Image.new("RGB", (4, 4))] * 7, [0] * 7, ["cat"])
+    dataset = {"train": part, "validation": part}
     base = _metrics([1, 2, 3, 4, 5])
     metrics = LongTailMetrics.from_dict(base.to_dict() | {"many_above": 200, "few_below": 5})
     plots = ["out/accuracy_by_frequency.png", "out/accuracy_by_frequency.svg", "out/reliability.png"]
-    card = _card(tiny_ballad, {"phase B": metrics}, splits=splits, plots=plots)
+    card = _card(tiny_ballad, {"phase B": metrics}, dataset=dataset, plots=plots)
     text = str(card)
     assert "more than 200, 5 to 200, and fewer than 5 training pictures" in text
-    assert "| validation | 7 | `abc123` |" in text
+    assert f"| validation | 7 | `{part.fingerprint()}` |" in text
     assert "| test |" not in text
     assert "Accuracy in percent on the validation part (50 pictures)." in text
     assert {result.dataset_split for result in card.data.eval_results} == {"validation"}

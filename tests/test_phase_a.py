@@ -4,8 +4,6 @@ import copy
 import dataclasses
 import json
 import math
-
-
 import shutil
 import signal
 from copy import deepcopy
@@ -18,8 +16,7 @@ from accelerate.state import AcceleratorState
 
 from ballad_hf import BalladForImageClassification, train_phase_a
 from ballad_hf.data import transforms
-from ballad_hf.data.picture_stores import ArrayPictures
-from ballad_hf.data.splits import ImageSplit, Splits
+from ballad_hf.data.image_dataset import ImageDataset
 from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
 from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training import phase_a_loop
@@ -42,12 +39,18 @@ def coloured(counts, seed):
     labels = np.repeat(np.arange(3), counts)
     pixels = generator.integers(0, 120, (len(labels), 24, 24, 3), dtype=np.uint8)
     pixels[np.arange(len(labels)), :, :, labels] += 130
-    return ImageSplit(ArrayPictures(pixels, "colours"), labels, NAMES)
+    return ImageDataset(pixels, labels, NAMES)
+
+
+@dataclasses.dataclass
+class Splits:
+    train: ImageDataset
+    validation: ImageDataset | None
 
 
 @pytest.fixture(scope="module")
 def splits():
-    return Splits(train=coloured(COUNTS, 0), validation=coloured([4, 4, 4], 1), test=None, class_names=NAMES, name="c")
+    return Splits(train=coloured(COUNTS, 0), validation=coloured([4, 4, 4], 1))
 
 
 @pytest.fixture
@@ -65,9 +68,8 @@ def arguments(**changes):
 
 
 def trained(model, splits, encoder, told, **options) -> PhaseAResult:
-    return train_phase_a(
-        model, splits, encoder.tokenizer, encoder.image_processor, told, **{"progress": False, **options}
-    )
+    options = {"eval_dataset": splits.validation, "progress": False, **options}
+    return train_phase_a(model, splits.train, encoder.tokenizer, encoder.image_processor, told, **options)
 
 
 def copy_of(module):
@@ -103,7 +105,16 @@ def test_pictures_are_compared_with_the_models_own_class_embeddings(model, split
     descriptions = {"green": ["grass", "leaves in spring", "moss"], "red": ["blood"]}
     model.set_class_names(NAMES, encoder.tokenizer, ["a {}", "one {}"], descriptions=descriptions)
     setup = set_up_phase_a(
-        model, splits, encoder.tokenizer, encoder.image_processor, arguments(train=train), Accelerator(), 0, 0, 8
+        model,
+        splits.train,
+        splits.validation,
+        encoder.tokenizer,
+        encoder.image_processor,
+        arguments(train=train),
+        Accelerator(),
+        0,
+        0,
+        8,
     )
     for part in (setup.gradients, setup.validator):
         embeds = part.frozen_embeds if train == "image" else encode_classes(setup.towers, part.texts)
@@ -450,7 +461,7 @@ def test_a_loss_corrects_what_the_sampler_leaves(splits, encoder):
 def test_the_loss_follows_a_progressive_sampler(model, splits, encoder):
     told = arguments(epochs=3, sampler="progressive", loss="balanced_softmax")
     processors = (encoder.tokenizer, encoder.image_processor)
-    setup = set_up_phase_a(model, splits, *processors, told, Accelerator(cpu=True), 0, 0, 16)
+    setup = set_up_phase_a(model, splits.train, None, *processors, told, Accelerator(cpu=True), 0, 0, 16)
     shares = {0: [20 / 32, 8 / 32, 4 / 32], 2: [1 / 3, 1 / 3, 1 / 3]}
     for epoch, expected in shares.items():
         setup.start_epoch(epoch)
@@ -461,7 +472,8 @@ def test_the_loss_follows_a_progressive_sampler(model, splits, encoder):
 def test_bad_input_is_named(model, splits, encoder):
     with pytest.raises(ValueError, match="An epoch of 32 rows is shorter than one global batch of 64"):
         trained(model, splits, encoder, arguments(batch_size=64))
-    other = dataclasses.replace(splits, class_names=["red", "green", "yellow"])
+    train = ImageDataset([None] * 3, [0, 1, 2], ["red", "green", "yellow"])
+    other = Splits(train, None)
     with pytest.raises(ValueError, match="call model.set_class_names"):
         trained(model, other, encoder, arguments())
     with pytest.raises(ValueError, match="there is no output_dir"):

@@ -1,6 +1,5 @@
 """Phase A over real processes, and after real kills: the weights are those of one process that nobody stopped."""
 
-import dataclasses
 import multiprocessing
 import os
 import signal
@@ -12,8 +11,7 @@ from accelerate import Accelerator, debug_launcher
 from torch.multiprocessing import ProcessExitedException
 
 from ballad_hf import BalladForImageClassification, train_phase_a
-from ballad_hf.data.picture_stores import ArrayPictures
-from ballad_hf.data.splits import ImageSplit, Splits
+from ballad_hf.data.image_dataset import ImageDataset
 from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training import checkpointing
 from ballad_hf.training.arguments import PhaseAArguments
@@ -26,7 +24,7 @@ NAMES = ["red", "green", "blue"]
 def noisy(counts, seed):
     labels = np.repeat(np.arange(3), counts)
     pixels = np.random.default_rng(seed).integers(0, 256, (len(labels), 24, 24, 3), dtype=np.uint8)
-    return ImageSplit(ArrayPictures(pixels, "noise"), labels, NAMES)
+    return ImageDataset(pixels, labels, NAMES)
 
 
 def run(folder, file, options, resume="never", accelerator=None):
@@ -39,16 +37,16 @@ def run(folder, file, options, resume="never", accelerator=None):
     )
     model.set_class_names(NAMES, encoder.tokenizer, descriptions=options.pop("descriptions", None))
     validation = noisy([2, 2, 1], 1)
-    splits = Splits(noisy([20, 8, 4], 0), validation, None, NAMES, "noise")
     if options.pop("without_validation", False):
-        splits = dataclasses.replace(splits, validation=None)
+        validation = None
     told = PhaseAArguments(**{"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, **options})
     result = train_phase_a(
         model,
-        splits,
+        noisy([20, 8, 4], 0),
         encoder.tokenizer,
         encoder.image_processor,
         told,
+        eval_dataset=validation,
         accelerator=accelerator,
         output_dir=folder,
         resume=resume,

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ballad_hf import ClassAwareSampler, FeatureTable, load_splits, train_phase_b
+from ballad_hf import ClassAwareSampler, FeatureTable, train_phase_b
 from ballad_hf.features.extraction import extract_features
 from ballad_hf.training.arguments import PhaseBArguments
 from ballad_hf.training.phase_b import NonFiniteLossError, adapter_start, kept_close
+
+from .conftest import load_splits
 
 
 COUNTS = (60, 30, 12, 6, 4)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from ..data.splits import check_class_order
+from ..data.image_dataset import check_class_order
 from ..features.scoring import adapted_logits
 from ..features.table import FeatureTable
 from ..models.label_bank import evaluation_mode
@@ -21,7 +21,7 @@ from .predictions import ArrayLike, Predictions
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ..data.sources import ImageSplit
+    from ..data.image_dataset import ImageDataset
     from ..models.modeling_ballad import BalladForImageClassification
 
 # Rows of a table that are scored at a time hold about this many logits.
@@ -30,7 +30,7 @@ _LOGITS_A_STEP = 1 << 24
 
 def evaluate(
     model_or_table: BalladForImageClassification | FeatureTable,
-    split: ImageSplit | None = None,
+    split: ImageDataset | None = None,
     *,
     image_processor: Any = None,
     transform: Any = None,
@@ -100,7 +100,7 @@ def evaluate(
 
 def predict(
     model_or_table: BalladForImageClassification | FeatureTable,
-    split: ImageSplit | None = None,
+    split: ImageDataset | None = None,
     *,
     image_processor: Any = None,
     transform: Any = None,

@@ -15,7 +15,7 @@ from .predictions import Predictions
 
 
 if TYPE_CHECKING:
-    from ..data.sources import ImageSplit
+    from ..data.image_dataset import ImageDataset
 
 _MOST_CLASSES = 20
 _MOST_PICTURES = 24
@@ -125,7 +125,7 @@ def worst_mistakes(predictions: Predictions, most: int = _MOST_PICTURES) -> np.n
 
 
 def plot_mistakes(
-    predictions: Predictions, split: ImageSplit, class_names: Sequence[str] | None = None, most: int = _MOST_PICTURES
+    predictions: Predictions, split: ImageDataset, class_names: Sequence[str] | None = None, most: int = _MOST_PICTURES
 ) -> Figure:
     """A sheet of the worst mistakes, see [`worst_mistakes`]: the picture, what it shows, what the model said.
 

@@ -31,7 +31,7 @@ from .table import percent
 
 
 if TYPE_CHECKING:
-    from ..data.sources import ImageSplit
+    from ..data.image_dataset import ImageDataset
 
 # Up to this many classes each has its name on the axis, its own bar, its own marker.
 _MOST_NAMED, _MOST_BARS, _MOST_MARKERS = 40, 200, 2000
@@ -44,7 +44,7 @@ def save_plots(
     results: Mapping[str, LongTailMetrics],
     predictions: Mapping[str, Predictions],
     *,
-    split: ImageSplit | None = None,
+    split: ImageDataset | None = None,
 ) -> list[Path]:
     """Draw every plot that the results allow, each as PNG and as SVG.
 

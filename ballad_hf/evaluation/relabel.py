@@ -9,10 +9,10 @@ import numpy as np
 
 
 if TYPE_CHECKING:
-    from ..data.sources import ImageSplit
+    from ..data.image_dataset import ImageDataset
 
 
-def relabel(split: ImageSplit, class_names: Sequence[str]) -> ImageSplit:
+def relabel(split: ImageDataset, class_names: Sequence[str]) -> ImageDataset:
     """The same pictures with the labels of a model, matched by class name.
 
     Args:
@@ -27,9 +27,9 @@ def relabel(split: ImageSplit, class_names: Sequence[str]) -> ImageSplit:
 
     Example:
 
-    >>> from ballad_hf import load_splits
+    >>> from ballad_hf import as_image_dataset, load_image_dataset
     >>> from ballad_hf.evaluation.relabel import relabel
-    >>> digits = load_splits("digits").test
+    >>> digits = as_image_dataset(load_image_dataset("digits")["test"])
     >>> backwards = relabel(digits, digits.class_names[::-1])
     >>> bool((backwards.labels == 9 - digits.labels).all())
     True

@@ -16,7 +16,7 @@ from .report import write_report
 
 
 if TYPE_CHECKING:
-    from ..data.sources import ImageSplit
+    from ..data.image_dataset import ImageDataset
 
 METRICS_FILE, CLASSES_FILE, REPORT_FILE = "metrics.json", "per_class.csv", "report.html"
 PREDICTIONS_FOLDER, PLOTS_FOLDER = "predictions", "plots"
@@ -35,7 +35,7 @@ def write_results(
     predictions: Mapping[str, Predictions],
     *,
     title: str,
-    split: ImageSplit | None = None,
+    split: ImageDataset | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write `metrics.json`, `per_class.csv`, `predictions/*.safetensors`, `plots/*` and `report.html`.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from ..data.image_dataset import as_image_dataset
 from ..evaluation.intervals import confidence_intervals
 from ..evaluation.metrics import GROUPS, LongTailMetrics
 from ..evaluation.table import ABSENT, COLUMNS, FURTHER, percent
@@ -19,7 +20,7 @@ from .layout import LAYOUT
 
 
 if TYPE_CHECKING:
-    from ..data.sources import Splits
+    from datasets import DatasetDict
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 HEADLINES = {
@@ -49,7 +50,7 @@ def render_model_card(
     *,
     dataset_name: str,
     arguments: Mapping[str, Any],
-    splits: Splits | None = None,
+    dataset: DatasetDict | None = None,
     seeds: int | Sequence[int],
     model_id: str | None = None,
     base_model: str | None = None,
@@ -66,7 +67,7 @@ def render_model_card(
             is shared. The last is what the card's metadata claims.
         dataset_name: as people call the data.
         arguments: flat names and values of the run; paths and the like are left out of the card.
-        splits: the data, for the sizes and fingerprints of its parts.
+        dataset: the splits, for their sizes and fingerprints.
         seeds: of the runs behind the figures.
         model_id: repository the card is for, such as `owner/name`; default: `hub_model_id`, else the name of
             `output_dir`.
@@ -105,7 +106,7 @@ def render_model_card(
     base_license = base_license or _local_license(base)
     dataset_id = dataset_id or _hub_id(arguments.get("dataset"), needs_owner=True)
     model_id = model_id or arguments.get("hub_model_id") or Path(str(arguments.get("output_dir", "ballad"))).name
-    part = "validation" if splits is not None and splits.test is None else "test"
+    part = "validation" if dataset is not None and "test" not in dataset else "test"
     data = ModelCardData(
         model_name=model_id.split("/")[-1],
         library_name="transformers",
@@ -139,7 +140,7 @@ def render_model_card(
         further_table=_markdown_table(["figure", "value"], _further_rows(final)),
         classes_table=_classes_table(final, part),
         class_line=_class_line(model),
-        parts_table=_parts_table(splits),
+        parts_table=_parts_table(dataset),
         seeds=", ".join(map(str, seeds)),
         limits=_limits(results, seeds, part),
         recipe=yaml.safe_dump(_public(arguments), sort_keys=False, allow_unicode=True).strip(),
@@ -284,13 +285,13 @@ def _shown_plots(plots: Iterable[str | Path]) -> list[str]:
     ]
 
 
-def _parts_table(splits: Splits | None) -> str | None:
-    if splits is None:
+def _parts_table(dataset: DatasetDict | None) -> str | None:
+    if dataset is None:
         return None
-    parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
-    rows = [[name, str(len(part)), f"`{part.fingerprint()}`"] for name, part in parts.items() if part is not None]
-    table = _markdown_table(["part", "pictures", "fingerprint"], rows)
-    if splits.validation is not None:
+    splits = {name: as_image_dataset(images) for name, images in dataset.items()}
+    rows = [[name, str(len(images)), f"`{images.fingerprint()}`"] for name, images in splits.items()]
+    table = _markdown_table(["split", "images", "fingerprint"], rows)
+    if "validation" in splits:
         return table
     return f"{table}\n\nThere was no validation split: each phase kept the weights of its last epoch."
 

@@ -25,7 +25,7 @@ def _check_choices(arguments):
 
 @dataclass
 class DataArguments:
-    """Which pictures, and how they are read. See `load_splits`."""
+    """Which pictures, and how they are read. See `load_image_dataset`."""
 
     dataset: str = _option(
         "Hub name, image folder, folder of parquet files, list file, or the built-in 'digits'", "digits"

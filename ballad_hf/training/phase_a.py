@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..data.image_dataset import as_image_dataset
 from .arguments import PhaseAArguments
 from .checkpointing import Checkpoint, CheckpointStore, StopSignals
 from .phase_a_loop import PhaseALoop
@@ -29,7 +30,7 @@ from .trained_weights import put_weights, take_weights
 
 
 if TYPE_CHECKING:
-    from ..data.splits import Splits
+    from ..data.image_dataset import ImageDataset
     from ..models.modeling_ballad import BalladForImageClassification
 
 logger = logging.get_logger(__name__)
@@ -39,11 +40,12 @@ _OUTCOME = "result"  # folder beside the checkpoints
 
 def train_phase_a(
     model: BalladForImageClassification,
-    splits: Splits,
+    train_dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     image_processor: Any,
     arguments: PhaseAArguments | None = None,
     *,
+    eval_dataset: Any = None,
     accelerator: Accelerator | None = None,
     output_dir: str | Path | None = None,
     seed: int = 0,
@@ -57,10 +59,11 @@ def train_phase_a(
 
     Args:
         model: a Ballad with these classes; its adapter takes no part and stays as it is.
-        splits: `train`, and `validation`, without which the last epoch is kept; the test split is not touched.
+        train_dataset: labelled images; anything that `as_image_dataset` takes.
         tokenizer: of the text tower.
         image_processor: makes the pixels; the augmentation uses its sizes and numbers.
         arguments: see [`PhaseAArguments`].
+        eval_dataset: the validation images, which choose the weights that are kept; without them the last epoch is.
         accelerator: its processes share each batch, and its precision is used. Weights are float32 throughout.
         output_dir: keeps checkpoints in `output_dir/phase_a`, which all processes must see; `None` for none.
         seed: of the order, the augmentation and dropout. The same seed gives the same bits on the same machine.
@@ -85,22 +88,28 @@ def train_phase_a(
 
     Example:
 
-    >>> from ballad_hf import BalladForImageClassification, load_splits, train_phase_a
+    >>> from ballad_hf import BalladForImageClassification, load_image_dataset, train_phase_a
     >>> from ballad_hf.models.tiny_clip import build_tiny_clip
     >>> from ballad_hf.training.arguments import PhaseAArguments
     >>> clip, tokenizer, image_processor = build_tiny_clip(width=32, layers=1, patch_size=16)
-    >>> splits = load_splits("digits")
-    >>> model = BalladForImageClassification.from_dual_encoder(clip, splits.class_names, tokenizer)
+    >>> dataset = load_image_dataset("digits")
+    >>> class_names = dataset["train"].features["label"].names
+    >>> model = BalladForImageClassification.from_dual_encoder(clip, class_names, tokenizer)
     >>> arguments = PhaseAArguments(epochs=1, batch_size=64, max_steps=2)
-    >>> result = train_phase_a(model, splits, tokenizer, image_processor, arguments, progress=False)
+    >>> data = {"train_dataset": dataset["train"], "eval_dataset": dataset["validation"]}
+    >>> result = train_phase_a(
+    ...     model, tokenizer=tokenizer, image_processor=image_processor, arguments=arguments, progress=False, **data
+    ... )
     >>> result.steps, [entry["step"] for entry in result.history]
     (2, [0, 2])
     """
     started = time.perf_counter()
     arguments = arguments or PhaseAArguments()
     accelerator = accelerator or Accelerator()
-    _check_classes(model, splits)
-    if splits.validation is None and arguments.epochs:
+    train_dataset = as_image_dataset(train_dataset)
+    eval_dataset = None if eval_dataset is None else as_image_dataset(eval_dataset)
+    _check_classes(model, train_dataset)
+    if eval_dataset is None and arguments.epochs:
         _go_without_validation(arguments, accelerator)
     if resume not in (None, "never") and output_dir is None:
         raise ValueError(f"resume is {str(resume)!r}, but there is no output_dir to find checkpoints in.")
@@ -110,20 +119,29 @@ def train_phase_a(
     if arguments.epochs == 0:
         result = PhaseAResult()
     elif folder is not None and resume == "auto":
-        result = _read_outcome(model, folder, run_identity(model, splits, arguments, seed))
+        result = _read_outcome(model, folder, run_identity(model, train_dataset, arguments, seed))
     if result is None:
-        identity = run_identity(model, splits, arguments, seed)
+        identity = run_identity(model, train_dataset, arguments, seed)
 
         def set_up() -> PhaseASetup:
             return set_up_phase_a(
-                model, splits, tokenizer, image_processor, arguments, accelerator, seed, num_workers, eval_batch_size
+                model,
+                train_dataset,
+                eval_dataset,
+                tokenizer,
+                image_processor,
+                arguments,
+                accelerator,
+                seed,
+                num_workers,
+                eval_batch_size,
             )
 
         result = _train(model, set_up, identity, arguments, accelerator, folder, seed, resume, progress, on_checkpoint)
     model.eval()
     if arguments.epochs:
         model.set_class_names(model.config.class_names, tokenizer)
-    model.config.class_counts = [int(count) for count in splits.class_counts]
+    model.config.class_counts = [int(count) for count in train_dataset.class_counts]
     result.seconds = time.perf_counter() - started
     return result
 
@@ -261,11 +279,11 @@ def _trackers(accelerator: Accelerator, arguments: PhaseAArguments) -> Iterator[
         accelerator.trackers = []
 
 
-def _check_classes(model: BalladForImageClassification, splits: Splits) -> None:
-    if list(model.config.class_names) != list(splits.class_names):
+def _check_classes(model: BalladForImageClassification, dataset: ImageDataset) -> None:
+    if list(model.config.class_names) != list(dataset.class_names):
         raise ValueError(
-            f"The model's {model.config.num_labels} classes are not the {len(splits.class_names)} of the data: call "
-            "model.set_class_names(splits.class_names, tokenizer) first."
+            f"The model's {model.config.num_labels} classes are not the {len(dataset.class_names)} of the data: call "
+            "model.set_class_names(dataset.class_names, tokenizer) first."
         )
 
 

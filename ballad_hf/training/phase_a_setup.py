@@ -32,7 +32,7 @@ from .validation import Validator, encode_classes
 
 
 if TYPE_CHECKING:
-    from ..data.splits import Splits
+    from ..data.image_dataset import ImageDataset
     from ..models.modeling_ballad import BalladForImageClassification
 
 logger = logging.get_logger(__name__)
@@ -101,7 +101,8 @@ class PhaseASetup:
 
 def set_up_phase_a(
     model: BalladForImageClassification,
-    splits: Splits,
+    train_dataset: ImageDataset,
+    eval_dataset: ImageDataset | None,
     tokenizer: PreTrainedTokenizerBase,
     image_processor: Any,
     arguments: PhaseAArguments,
@@ -128,9 +129,9 @@ def set_up_phase_a(
         compile_towers(clip)
     _check_batch_size(arguments.batch_size, accelerator.num_processes)
     sampler = build_sampler(
-        arguments.sampler, splits.train.labels, epochs=arguments.epochs, multiple_of=arguments.batch_size, seed=seed
+        arguments.sampler, train_dataset.labels, epochs=arguments.epochs, multiple_of=arguments.batch_size, seed=seed
     )
-    loader = _loader(splits.train, sampler, image_processor, arguments, accelerator, seed, num_workers)
+    loader = _loader(train_dataset, sampler, image_processor, arguments, accelerator, seed, num_workers)
     optimizer = build_optimizer(clip, arguments)
     towers, optimizer = accelerator.prepare(TrainableTowers(clip, model.config.logit_scale), optimizer)
     if is_sharded:
@@ -139,7 +140,7 @@ def set_up_phase_a(
         towers.set_reshard_after_forward(True, recurse=False)
 
     prompts = ClassPrompts(
-        splits.class_names, model.config.templates, tokenizer, clip.config, model.config.class_descriptions
+        train_dataset.class_names, model.config.templates, tokenizer, clip.config, model.config.class_descriptions
     )
     texts = ClassTexts(
         prompts,
@@ -155,7 +156,7 @@ def set_up_phase_a(
             frozen_embeds = encode_classes(towers, texts)
         elif arguments.train == "projections" and not is_sharded:  # only the whole forward gathers shards
             texts.keep_pooled(clip)
-    objective_for = partial(build_objective, arguments, splits.class_counts, model.logit_scale.item())
+    objective_for = partial(build_objective, arguments, train_dataset.class_counts, model.logit_scale.item())
     gradients = StepGradients(
         towers,
         None if frozen_embeds is not None else texts,
@@ -166,6 +167,19 @@ def set_up_phase_a(
         frozen_embeds=frozen_embeds,
         image_is_trained=_takes_gradients(clip, "image"),
     )
+    from ..data.transforms import evaluation_transform
+
+    validator = None
+    if eval_dataset is not None:
+        validator = Validator(
+            eval_dataset.with_transform(evaluation_transform(image_processor)),
+            texts,
+            train_dataset.class_counts,
+            accelerator,
+            frozen_embeds,
+            eval_batch_size,
+            num_workers,
+        )
     steps_per_epoch = len(sampler) // arguments.batch_size
     total_steps = arguments.epochs * steps_per_epoch
     setup = PhaseASetup(
@@ -174,9 +188,9 @@ def set_up_phase_a(
         optimizer=optimizer,
         loader=loader,
         sampler=sampler,
-        labels=np.asarray(splits.train.labels),
+        labels=np.asarray(train_dataset.labels),
         gradients=gradients,
-        validator=_validator(splits, image_processor, texts, frozen_embeds, accelerator, eval_batch_size, num_workers),
+        validator=validator,
         low_rank=low_rank,
         average=None,
         steps_per_epoch=steps_per_epoch,
@@ -315,20 +329,4 @@ def _loader(split, sampler, image_processor, arguments, accelerator: Accelerator
     # Whole batches in turn, whatever the accelerator was told of splitting; labels and indices stay on the CPU.
     return prepare_data_loader(
         loader, num_processes=accelerator.num_processes, process_index=accelerator.process_index, rng_types=[]
-    )
-
-
-def _validator(splits, image_processor, texts, frozen_embeds, accelerator, batch_size: int, num_workers: int):
-    if splits.validation is None:
-        return None
-    from ..data.transforms import evaluation_transform
-
-    return Validator(
-        splits.validation.with_transform(evaluation_transform(image_processor)),
-        texts,
-        splits.class_counts,
-        accelerator,
-        frozen_embeds,
-        batch_size,
-        num_workers,
     )

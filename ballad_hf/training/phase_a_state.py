@@ -31,7 +31,7 @@ from .trained_weights import put_weights, take_weights
 
 
 if TYPE_CHECKING:
-    from ..data.splits import Splits
+    from ..data.image_dataset import ImageDataset
     from ..models.modeling_ballad import BalladForImageClassification
 
 logger = logging.get_logger(__name__)
@@ -94,12 +94,12 @@ class PhaseAState:
 
 
 def run_identity(
-    model: BalladForImageClassification, splits: Splits, arguments: PhaseAArguments, seed: int
+    model: BalladForImageClassification, dataset: ImageDataset, arguments: PhaseAArguments, seed: int
 ) -> dict[str, Any]:
     """What makes a run this run and no other: its start, its data, its prompts, and what it was told."""
     told = {name: value for name, value in asdict(arguments).items() if name not in _MAY_CHANGE}
-    labels = np.ascontiguousarray(splits.train.labels, dtype="<i8")
-    data = hashlib.sha256(labels.tobytes() + "\n".join(splits.class_names).encode()).hexdigest()[:16]
+    labels = np.ascontiguousarray(dataset.labels, dtype="<i8")
+    data = hashlib.sha256(labels.tobytes() + "\n".join(dataset.class_names).encode()).hexdigest()[:16]
     config = model.config
     return {
         **told,

@@ -23,7 +23,8 @@ from accelerate import Accelerator
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
 from ..command_errors import errors_in_one_line
-from ..data.sources import load_splits
+from ..data.image_dataset import as_image_dataset
+from ..data.sources import load_image_dataset
 from ..data.transforms import five_crop_transform, train_transform
 from ..evaluation.evaluate import evaluate
 from ..evaluation.frontier_plot import save_frontier
@@ -107,13 +108,13 @@ def main(command_line: Sequence[str] | None = None) -> Path:
     model = load_ballad(options.model)
     image_processor = AutoImageProcessor.from_pretrained(options.model)
     with accelerator.main_process_first():
-        splits = load_splits(**vars(data), seed=options.seed)
-    if splits.validation is None:
+        dataset = load_image_dataset(**vars(data), seed=options.seed)
+    if "validation" not in dataset:
         raise ValueError(
             "There is no validation split, on which a sweep chooses: name one with --validation_split, or hold one "
             "out with --validation_fraction."
         )
-    tables = _tables(model, splits, image_processor, phase_b, options, accelerator)
+    tables = _tables(model, dataset, image_processor, phase_b, options, accelerator)
     if not accelerator.is_main_process:
         return folder
     test = tables["validation" if tables["test"] is None else "test"]
@@ -146,7 +147,7 @@ def main(command_line: Sequence[str] | None = None) -> Path:
     part = "validation" if tables["test"] is None else "test"
     _say(f"\nThe frontier on {len(tables['validation'])} validation pictures, accuracy in percent\n")
     _say(frontier.table())
-    _say(f"\n{splits.name}: accuracy on {len(test)} {part} pictures, in percent\n")
+    _say(f"\n{dataset['train'].info.dataset_name}: accuracy on {len(test)} {part} pictures, in percent\n")
     if rivals:
         _say(metrics_table(rivals).rsplit("\n", 1)[0] + "\n")  # without a gain, as they are no stages
     _say(f"{metrics_table(scored)}\n\nSaved in {folder}")
@@ -170,7 +171,7 @@ def _parse(command_line: list[str]) -> tuple[DataArguments, PhaseBArguments, Swe
 
 
 def _tables(
-    model, splits, image_processor, phase_b: PhaseBArguments, options: SweepArguments, accelerator
+    model, dataset, image_processor, phase_b: PhaseBArguments, options: SweepArguments, accelerator
 ) -> dict[str, Any]:
     """The feature table of each part; `None` for a test part that there is not."""
     common = {
@@ -184,7 +185,7 @@ def _tables(
     if options.five_crop:
         plain = {"transform": five_crop_transform(image_processor), "views": 5}
     names = model.config.class_names
-    train = relabel(splits.train, names)
+    train = relabel(as_image_dataset(dataset["train"]), names)
     model.config.class_counts = train.class_counts.tolist()
     augmented: dict[str, Any] = {"image_processor": image_processor}
     if phase_b.views > 1:
@@ -192,8 +193,10 @@ def _tables(
         augmented = {"transform": transform, "views": phase_b.views}
     tables: dict[str, Any] = {"train": extract_features(model, train, **augmented, **common)}
     for part in ("validation", "test"):
-        split = getattr(splits, part)
-        tables[part] = None if split is None else extract_features(model, relabel(split, names), **plain, **common)
+        tables[part] = None
+        if part in dataset:
+            images = relabel(as_image_dataset(dataset[part]), names)
+            tables[part] = extract_features(model, images, **plain, **common)
     return tables
 
 
