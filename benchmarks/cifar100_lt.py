@@ -31,7 +31,14 @@ import torch
 from accelerate import Accelerator
 from heads import compare_heads
 
-from ballad_hf import BalladForImageClassification, FeatureTable, LongTailMetrics, extract_features, load_splits
+from ballad_hf import (
+    BalladForImageClassification,
+    FeatureTable,
+    LongTailMetrics,
+    as_image_dataset,
+    extract_features,
+    load_image_dataset,
+)
 from ballad_hf.evaluation.evaluate import evaluate
 from ballad_hf.evaluation.frontier import save_frontier
 from ballad_hf.models.configuration_clip_resnet import CLIPResNetConfig
@@ -190,7 +197,7 @@ class Tower:
             return self._made
         options, budget = self.options, self.options.settings
         accelerator = Accelerator(mixed_precision=options.mixed_precision)
-        model, tokenizer, image_processor = build_model(budget, self.splits.class_names, self.seed)
+        model, tokenizer, image_processor = build_model(budget, self.splits["train"].class_names, self.seed)
         folder = Path(options.output_dir) / "towers" / self.name
         reading = {"num_workers": options.num_workers}
 
@@ -198,10 +205,11 @@ class Tower:
             arguments = phase_a_arguments(budget, self.loss)
             result = train_phase_a(
                 model,
-                self.splits,
+                self.splits["train"],
                 tokenizer,
                 image_processor,
                 arguments,
+                eval_dataset=self.splits["validation"],
                 accelerator=accelerator,
                 output_dir=folder,
                 seed=self.seed,
@@ -220,11 +228,11 @@ class Tower:
             for part in ("train", "validation", "test"):
                 tables[part] = extract_features(
                     model,
-                    getattr(self.splits, part),
+                    self.splits[part],
                     image_processor=image_processor,
                     batch_size=256,
                     cache_dir=folder / "features",
-                    class_counts=self.splits.class_counts,
+                    class_counts=self.splits["train"].class_counts,
                     accelerator=accelerator,
                     progress=options.progress,
                     **reading,
@@ -356,13 +364,14 @@ def main(command_line: Sequence[str]) -> str:
     settings = {**dataclasses.asdict(options.settings), "depths": list(options.settings.depths)}
     claim_run_folder(folder, {**told, **settings, "mixed_precision": options.mixed_precision}, resume=True)
     # One split for all seeds: they differ by training alone.
-    splits = load_splits(
+    dataset = load_image_dataset(
         options.dataset, label_column=options.label_column, imbalance_factor=options.imbalance_factor, seed=0
     )
-    if splits.test is None:
+    if "test" not in dataset:
         raise ValueError(
             f"{options.dataset} has no test part: the benchmark reports on one that nothing is chosen on."
         )
+    splits = {split: as_image_dataset(images) for split, images in dataset.items()}
     stages = Stages(folder)
     results: dict[tuple[str, str], list[dict[str, Any]]] = {}
     towers: dict[str, Any] = {}

@@ -21,10 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from ballad_hf.data.image_dataset import ImageDataset
 from ballad_hf.data.loaders import train_loader
-from ballad_hf.data.picture_stores import FilePictures
-from ballad_hf.data.samplers import Draw, InstanceSampler
-from ballad_hf.data.splits import ImageSplit
+from ballad_hf.data.samplers import InstanceSampler, SampleIndex
 from ballad_hf.data.transforms import TrainTransform, _random_box, evaluation_transform, train_transform
 
 
@@ -34,16 +33,15 @@ BATCH_SIZE = 16
 class PlainPipeline(Dataset):
     """Step by step, each over the whole picture before it."""
 
-    def __init__(self, split: ImageSplit, transform: TrainTransform):
-        self.split, self.transform = split, transform
+    def __init__(self, paths: list[Path], transform: TrainTransform):
+        self.paths, self.transform = paths, transform
 
     def __len__(self) -> int:
-        return len(self.split)
+        return len(self.paths)
 
-    def __getitem__(self, draw: Draw):
-        kind, rng = self.transform.pixel_format, np.random.default_rng(draw.seed)
-        pictures = self.split._pictures
-        with Image.open(pictures.path(int(self.split._rows[draw.index]))) as file:
+    def __getitem__(self, sample: SampleIndex):
+        kind, rng = self.transform.pixel_format, np.random.default_rng(sample.seed)
+        with Image.open(self.paths[sample.index]) as file:
             picture = file.convert("RGB")
         picture = picture.crop(_random_box(*picture.size, self.transform.scale, rng))
         picture = picture.resize((kind.width, kind.height), Image.Resampling.BICUBIC)
@@ -55,10 +53,10 @@ class PlainPipeline(Dataset):
             picture = enhancers[which](picture).enhance(factors[which])
         pixel_values = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(255)
         pixel_values = (pixel_values - torch.tensor(kind.mean)[:, None, None]) / torch.tensor(kind.std)[:, None, None]
-        return {"pixel_values": pixel_values, "labels": 0, "index": draw.index}
+        return {"pixel_values": pixel_values, "labels": 0, "index": sample.index}
 
 
-def make_pictures(folder: Path, count: int, size: tuple[int, int]) -> ImageSplit:
+def make_pictures(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
     """Smooth shapes with grain, JPEG quality 90."""
     rng = np.random.default_rng(0)
     for index in range(count):
@@ -69,8 +67,7 @@ def make_pictures(folder: Path, count: int, size: tuple[int, int]) -> ImageSplit
         Image.fromarray(np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8)).save(
             folder / f"{index}.jpg", quality=90
         )
-    store = FilePictures(folder, [f"{index}.jpg" for index in range(count)])
-    return ImageSplit(store, np.zeros(count, dtype=np.int64), ["picture"])
+    return [folder / f"{index}.jpg" for index in range(count)]
 
 
 def rate(loader: DataLoader, repeats: int = 3) -> float:
@@ -105,12 +102,13 @@ def main() -> None:
     print(f"tower (ViT-B/32, forward only, {torch.get_num_threads()} threads): {tower_rate():.0f} pictures a second")
     for size, count in (((500, 375), arguments.pictures), ((4000, 3000), arguments.pictures // 10)):
         with tempfile.TemporaryDirectory() as folder:
-            split = make_pictures(Path(folder), count, size)
+            paths = make_pictures(Path(folder), count, size)
+            images = ImageDataset(paths, np.zeros(count, dtype=np.int64), ["image"])
             for workers in (1, 2):
-                sampler = InstanceSampler(split.labels)
-                ours = train_loader(split.with_transform(transform), sampler, BATCH_SIZE, num_workers=workers)
+                sampler = InstanceSampler(images.labels)
+                ours = train_loader(images.with_transform(transform), sampler, BATCH_SIZE, num_workers=workers)
                 plain = DataLoader(
-                    PlainPipeline(split, transform),
+                    PlainPipeline(paths, transform),
                     BATCH_SIZE,
                     sampler=ours.sampler,
                     num_workers=workers,
@@ -121,9 +119,9 @@ def main() -> None:
                     f"{size[0]} x {size[1]}, {workers} workers: {quick:.0f} pictures a second, plain pipeline "
                     f"{slow:.0f}: {quick / slow:.2f} times as many"
                 )
-            picture = split.image(0)
-            ours_takes = seconds(evaluation_transform(image_processor), picture) * 1e3
-            processor_takes = seconds(image_processor, picture, return_tensors="pt") * 1e3
+            image = images.image(0)
+            ours_takes = seconds(evaluation_transform(image_processor), image) * 1e3
+            processor_takes = seconds(image_processor, image, return_tensors="pt") * 1e3
             print(
                 f"{size[0]} x {size[1]}, evaluation of a decoded picture: {ours_takes:.1f} ms, image processor "
                 f"{processor_takes:.1f} ms: {processor_takes / ours_takes:.2f} times as long"

@@ -133,9 +133,8 @@ def our_step(case: Case, way: Way) -> Callable[[torch.Tensor], float]:
     from accelerate import Accelerator
 
     from ballad_hf import BalladForImageClassification
+    from ballad_hf.data.image_dataset import ImageDataset
     from ballad_hf.data.long_tail import long_tailed_counts
-    from ballad_hf.data.picture_stores import ArrayPictures
-    from ballad_hf.data.splits import ImageSplit, Splits
     from ballad_hf.models.tiny_clip import build_tiny_clip
     from ballad_hf.training.arguments import PhaseAArguments
     from ballad_hf.training.phase_a_setup import set_training_mode, set_up_phase_a
@@ -146,9 +145,8 @@ def our_step(case: Case, way: Way) -> Callable[[torch.Tensor], float]:
     scale = 100.0 if way.loss == "class_prompt" else None
     model = BalladForImageClassification.from_dual_encoder(clip, names, tokenizer, logit_scale=scale)
     labels_of_all = np.repeat(np.arange(case.classes), long_tailed_counts(100, case.classes, 100))
-    store = ArrayPictures(np.broadcast_to(np.zeros((1, 1, 1), np.uint8), (len(labels_of_all), 1, 1)), "none")
-    unused: Any = None
-    splits = Splits(ImageSplit(store, labels_of_all, names), unused, None, names, "benchmark")
+    unread = np.broadcast_to(np.zeros((1, 1, 1), np.uint8), (len(labels_of_all), 1, 1))
+    dataset = ImageDataset(unread, labels_of_all, names)
     arguments = PhaseAArguments(
         loss=way.loss or "contrastive",  # type: ignore[arg-type]
         batch_size=case.batch_size,
@@ -157,7 +155,7 @@ def our_step(case: Case, way: Way) -> Callable[[torch.Tensor], float]:
         decay_all=True,
     )
     accelerator = Accelerator(mixed_precision=way.mixed_precision, cpu=case.device == "cpu")
-    setup = set_up_phase_a(model, splits, tokenizer, image_processor, arguments, accelerator, case.seed, 0, 128)
+    setup = set_up_phase_a(model, dataset, None, tokenizer, image_processor, arguments, accelerator, case.seed, 0, 128)
     set_training_mode(setup, arguments)
     pixels = draw_pixels(case)
 

@@ -112,8 +112,7 @@ def official_way(case: Case, steps: int) -> dict[str, float]:
 def our_way(case: Case) -> dict[str, float]:
     """Seconds of the extraction and of the training, steps of the training, and the peak memory."""
     from ballad_hf import BalladForImageClassification, extract_features, train_phase_b
-    from ballad_hf.data.picture_stores import ArrayPictures
-    from ballad_hf.data.splits import ImageSplit
+    from ballad_hf.data.image_dataset import ImageDataset
     from ballad_hf.models.dual_encoders import clip_image_processor
     from ballad_hf.training.arguments import PhaseBArguments
 
@@ -121,7 +120,7 @@ def our_way(case: Case) -> dict[str, float]:
     names, labels = class_names(case.classes), draw_labels(case)
     side = case.size.image_size
     pixels = np.random.default_rng(case.seed).integers(0, 256, (len(labels), side, side, 3), dtype=np.uint8)
-    split = ImageSplit(ArrayPictures(pixels, "noise"), labels, names)
+    split = ImageDataset(pixels, labels, names)
     arguments = PhaseBArguments(epochs=case.epochs, batch_size=case.batch_size)
     started = seconds(case.device)
     model = BalladForImageClassification.from_dual_encoder(clip, names, tokenizer, logit_scale=100.0)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import pipeline
 
 from ballad_hf.command_errors import errors_in_one_line
-from ballad_hf.data.images import open_picture
+from ballad_hf.data.images import open_image
 from ballad_hf.inference import TASK
 
 
@@ -194,7 +194,7 @@ def quoted(cell: str) -> str:
 
 def why_unreadable(file: str) -> str:
     try:
-        open_picture(file)
+        open_image(file)
     except ValueError as error:
         return str(error)
     return f"{file} could not be read before, and can be now."

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import CLIPProcessor
 
-from ballad_hf import BalladForImageClassification
+from ballad_hf import BalladForImageClassification, as_image_dataset, load_image_dataset
 from ballad_hf.models.tiny_clip import DualEncoder, build_tiny_clip
 
 
@@ -29,6 +29,19 @@ def example_module(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def load_splits(dataset="digits", **options) -> SimpleNamespace:
+    """`load_image_dataset` as image datasets, with the classes of the training split; an absent split is `None`."""
+    loaded = load_image_dataset(dataset, **options)
+    splits = dict.fromkeys(("train", "validation", "test")) | {
+        split: as_image_dataset(images) for split, images in loaded.items()
+    }
+    train = splits["train"]
+    name = loaded["train"].info.dataset_name
+    return SimpleNamespace(
+        **splits, dataset=loaded, name=name, class_names=train.class_names, class_counts=train.class_counts
+    )
 
 
 @contextlib.contextmanager

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ballad_hf import load_splits
-from ballad_hf.data.audit import audit_splits, doubtful_names, main, save_class_distribution
+from ballad_hf import load_image_dataset
+from ballad_hf.data.audit import audit_dataset, doubtful_names, main, save_class_distribution
+
+from .conftest import load_splits
 
 
 def photo(seed, size=(40, 30)):
@@ -40,10 +42,10 @@ def beasts(tmp_path):
 
 
 def test_every_mistake_is_found(beasts):
-    audit = audit_splits(load_splits(beasts))
-    train, validation, test = audit.parts["train"], audit.parts["validation"], audit.parts["test"]
+    audit = audit_dataset(load_image_dataset(beasts))
+    train, validation, test = audit.splits["train"], audit.splits["validation"], audit.splits["test"]
     assert audit.class_names == ["fox", "owl", "red fox"]
-    assert (train.pictures, train.class_counts) == (11, [6, 2, 3])
+    assert (train.images, train.class_counts) == (11, [6, 2, 3])
     assert (train.largest, train.smallest, train.imbalance_factor) == (6, 2, 3.0)
     assert train.empty_classes == []
     assert validation.empty_classes == ["red fox"]
@@ -53,7 +55,7 @@ def test_every_mistake_is_found(beasts):
     assert "fox/5.png can't be read" in train.unreadable[0]
     assert validation.sizes["width"] == [40, 40, 40, 76, 80]
     found = {
-        (pair.kind, pair.first_part, pair.first, pair.second_part, pair.second, pair.same_label)
+        (pair.kind, pair.first_split, pair.first, pair.second_split, pair.second, pair.same_label)
         for pair in audit.duplicates
     }
     assert found == {
@@ -66,17 +68,17 @@ def test_every_mistake_is_found(beasts):
 
 
 def test_the_text_says_it_all(beasts):
-    text = audit_splits(load_splits(beasts)).to_text()
+    text = audit_dataset(load_image_dataset(beasts)).to_text()
     for part in (
         "beasts: 3 classes",
-        "Training pictures a class: 6 to 2, imbalance 3.0",
+        "Training images per class: 6 to 2, imbalance 3.0",
         "few-shot: 3 classes",
-        "Classes without a validation picture: 1\n  red fox",
-        "Unreadable pictures in the train part: 1",
-        "LEAKS: pictures that are in two parts: 2",
+        "Classes without a validation image: 1\n  red fox",
+        "Unreadable images in the train split: 1",
+        "LEAKS: images that are in two splits: 2",
         "fox/0.png (test) is fox/0.png (train)",
         "owl/0.png (validation) is nearly fox/2.png (train), with ANOTHER LABEL",
-        "Pictures that come twice in a part: 1",
+        "Images that come twice in a split: 1",
         "Doubtful class names: 1\n  fox: part of 'red fox'",
     ):
         assert part in text
@@ -90,13 +92,12 @@ def test_missing_files_of_a_list_are_told(tmp_path, capsys):
     options = ["--on_unreadable", "skip", "--output_dir", str(tmp_path / "audit")]
     (tmp_path / "names.txt").write_text("owl\n")
     main([str(tmp_path / "train.txt"), "--class_names", str(tmp_path / "names.txt"), *options])
-    assert "Pictures that were left out: 1\n  gone.png is missing." in capsys.readouterr().out
+    assert "Images that were left out: 1\n  gone.png is missing." in capsys.readouterr().out
 
 
 def test_clean_data_has_no_findings():
-    splits = load_splits("digits")
-    audit = audit_splits(splits)
-    assert "No picture comes twice" in audit.to_text()
+    audit = audit_dataset(load_image_dataset("digits"))
+    assert "No image comes twice" in audit.to_text()
     assert audit.shot_groups["many"] == ["zero"]
     assert audit.doubtful_names == {}
     assert audit.colliding_names == {}
@@ -115,7 +116,7 @@ def test_the_command_writes_text_json_and_a_picture(beasts, tmp_path):
     assert result.stdout.startswith((output / "audit.txt").read_text()[:500])
     told = json.loads((output / "audit.json").read_text())
     assert told["colliding_names"] == {"Red fox": [0, 3]}
-    assert told["parts"]["train"]["class_counts"] == [1, 6, 2, 3]
+    assert told["splits"]["train"]["class_counts"] == [1, 6, 2, 3]
     with Image.open(output / "class_distribution.png") as picture:
         assert picture.size == (960, 480)
 
@@ -124,7 +125,7 @@ def test_the_command_passes_its_options_on(tmp_path, capsys):
     main(["digits", "--imbalance_factor", "10", "--profile", "step", "--seed", "3", "--output_dir", str(tmp_path)])
     told = json.loads((tmp_path / "audit.json").read_text())
     expected = load_splits("digits", imbalance_factor=10, profile="step", seed=3).class_counts.tolist()
-    assert told["parts"]["train"]["class_counts"] == expected
+    assert told["splits"]["train"]["class_counts"] == expected
     assert f"Written to {tmp_path}" in capsys.readouterr().out
 
 
@@ -164,7 +165,7 @@ def test_doubtful_names_by_hand():
 
 
 def test_the_picture_shows_every_class(tmp_path):
-    save_class_distribution(audit_splits(load_splits("digits")), tmp_path / "x.png")
+    save_class_distribution(audit_dataset(load_image_dataset("digits")), tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
     # Matplotlib's blue, orange and red: digits have classes in all three groups.

@@ -1,6 +1,9 @@
 import json
+import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ballad_hf.data.class_names import UnusableNamesError, clean_class_name, colliding, shown_class_names
 
@@ -36,12 +39,26 @@ def test_a_list_in_label_order_replaces_the_names_and_is_cleaned(tmp_path):
     assert shown_class_names(["0", "1"], str(tmp_path / "names.json")) == ["red fox", "owl"]
 
 
-def test_a_mapping_is_taken_as_it_is_and_may_use_either_name(tmp_path):
+def test_a_mapping_may_use_either_name_and_is_cleaned(tmp_path):
     raw = ["red_fox", "snowy_owl", "kite"]
-    mapping = {"red_fox": "fox_", "snowy owl": "owl"}
-    assert shown_class_names(raw, mapping) == ["fox_", "owl", "kite"]
+    mapping = {"red_fox": "fox_", "snowy owl": "owl[bird]"}
+    assert shown_class_names(raw, mapping) == ["fox", "owl (bird)", "kite"]
     (tmp_path / "names.yaml").write_text("red_fox: fox_\nsnowy owl: owl\n")
-    assert shown_class_names(raw, tmp_path / "names.yaml") == ["fox_", "owl", "kite"]
+    assert shown_class_names(raw, tmp_path / "names.yaml") == ["fox", "owl", "kite"]
+
+
+@given(st.text(st.sampled_from("a(x[] _{0.12)"), max_size=12) | st.text(max_size=12))
+def test_a_clean_name_stays_as_it_is(name):
+    """Datasets are wrapped more than once, and names that were chosen must come through."""
+    cleaned = clean_class_name(name)
+    assert clean_class_name(cleaned) == cleaned
+
+
+def test_a_name_that_is_not_utf8_is_refused():
+    raw = ["owl", os.fsdecode(b"caf\xe9")]
+    with pytest.raises(UnusableNamesError, match=r"1 class names are not valid UTF-8, such as 'caf\\udce9'.*rename"):
+        shown_class_names(raw)
+    assert shown_class_names(raw, ["owl", "café"]) == ["owl", "café"]
 
 
 def test_the_categories_of_inaturalist_come_in_the_order_of_their_ids(tmp_path):

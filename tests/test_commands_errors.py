@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ballad_hf import make_long_tailed
 from ballad_hf.command_errors import errors_in_one_line
-from ballad_hf.data.images import open_picture
+from ballad_hf.data.images import open_image
 
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ class Unreadable(Dataset):
         return 1
 
     def __getitem__(self, index):
-        return open_picture(b"", name="cat.jpg")
+        return open_image(b"", name="cat.jpg")
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

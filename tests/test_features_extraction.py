@@ -12,13 +12,15 @@ from accelerate import Accelerator, debug_launcher
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ballad_hf import BalladForImageClassification, evaluate, extract_features, load_splits
+from ballad_hf import BalladForImageClassification, evaluate, extract_features
 from ballad_hf.data.transforms import evaluation_transform, five_crop_transform, train_transform
 from ballad_hf.features import extraction
 from ballad_hf.features import shards as disk
 from ballad_hf.features.cache import FeatureCache
 from ballad_hf.features.extraction import view_seeds
 from ballad_hf.models.tiny_clip import build_tiny_clip
+
+from .conftest import load_splits
 
 
 pytestmark = pytest.mark.numeric
@@ -107,9 +109,9 @@ def test_a_view_is_the_transform_with_its_own_seed(model, tiny_clip, few):
     transform = train_transform(tiny_clip.image_processor)
     table = extract_features(model, few, transform=transform, views=2, seed=9)
     seed = int(view_seeds(np.array([5]), 1, 9)[0])
-    from ballad_hf.data.samplers import Draw
+    from ballad_hf.data.samplers import SampleIndex
 
-    pixel_values = few.with_transform(transform)[Draw(5, seed)]["pixel_values"][None]
+    pixel_values = few.with_transform(transform)[SampleIndex(5, seed)]["pixel_values"][None]
     with torch.no_grad():
         expected = model.clip.get_image_features(pixel_values=pixel_values).pooler_output[0]
     torch.testing.assert_close(table.features[5, 1], expected, rtol=1e-5, atol=1e-5)

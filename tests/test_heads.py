@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ballad_hf import FeatureTable, load_splits
+from ballad_hf import FeatureTable
 from ballad_hf.evaluation.evaluate import evaluate
 from ballad_hf.features.extraction import extract_features
 from ballad_hf.training.heads import (
@@ -19,6 +19,8 @@ from ballad_hf.training.heads import (
     compare_heads,
     head_metrics,
 )
+
+from .conftest import load_splits
 
 
 pytestmark = pytest.mark.numeric

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ballad_hf import load_splits
-from ballad_hf.data.list_files import MissingPicturesError, find_train_list, read_list_file
+from ballad_hf.data.list_files import MissingImagesError, find_train_list, missing_rows, read_list_file
+
+from .conftest import load_splits
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_lists_are_found_beside_each_other(benchmark):
         assert len(splits.validation) == 6
         assert splits.test is None
     assert splits.train.image(6).getpixel((0, 0)) == (50, 1, 5)
-    assert splits.train.name(6) == "train/tea_room/train 1.png"
+    assert splits.train.image_name(6) == "tea_room/train 1.png"
 
 
 def test_lists_of_other_names_are_given(benchmark, tmp_path_factory):
@@ -58,13 +59,14 @@ def test_all_missing_pictures_are_reported_together(benchmark):
     for path in gone:
         (benchmark / path).unlink()
     with pytest.raises(
-        MissingPicturesError, match=r"3 of 15 pictures are not below(.|\n)*train: 1(.|\n)*validation: 2"
+        MissingImagesError, match=r"3 of 15 images are not below(.|\n)*train: 1(.|\n)*validation: 2"
     ) as caught:
         load_splits(benchmark)
     assert caught.value.missing == {"train": gone[:1], "validation": gone[1:]}
-    splits = load_splits(benchmark, on_unreadable="skip")
+    unreadable = []
+    splits = load_splits(benchmark, on_unreadable="skip", unreadable=unreadable)
     assert splits.class_counts.tolist() == [4, 3, 1]
-    assert splits.unreadable == [f"{path} is missing." for path in gone]
+    assert unreadable == [f"{path} is missing." for path in gone]
 
 
 def test_every_malformed_line_is_named(tmp_path):
@@ -89,7 +91,7 @@ def test_empty_and_missing_lists_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is empty"):
         read_list_file(tmp_path / "train.txt")
     (tmp_path / "train.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"train\.txt is no text in UTF-8"):
+    with pytest.raises(ValueError, match=r"train\.txt is not text in UTF-8"):
         read_list_file(tmp_path / "train.txt")
     with pytest.raises(FileNotFoundError, match="no list file"):
         read_list_file(tmp_path / "val.txt")
@@ -208,6 +210,25 @@ def test_inaturalist(inaturalist):
     assert [splits.train.image(row).getpixel((0, 0))[0] for row in range(4)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("kind", "field"), [("images", "file_name"), ("annotations", "category_id"), ("categories", "id")]
+)
+def test_inaturalist_without_a_field_is_refused(inaturalist, kind, field):
+    path = inaturalist / "train2018.json"
+    content = json.loads(path.read_text())
+    del content[kind][1][field]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"train2018.json has 1 {kind} whose `{field}` is missing"):
+        load_splits(inaturalist)
+
+
+def test_files_are_looked_up_folder_by_folder(tmp_path):
+    names = ["é ü.png", "a/b c.png", os.fsdecode(b"\xff.png"), "x.png"]
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "a" / "b c.png")
+    assert missing_rows(tmp_path, names).tolist() == [0, 2, 3]
+
+
 def test_inaturalist_with_loose_ends_is_refused(inaturalist):
     path = inaturalist / "val2018.json"
     content = json.loads(path.read_text())
@@ -217,7 +238,7 @@ def test_inaturalist_with_loose_ends_is_refused(inaturalist):
     with pytest.raises(ValueError, match=r"1 unknown categories \[77\] and of 1 unknown images \[1234\]"):
         load_splits(inaturalist)
     path.write_text("[1, 2")
-    with pytest.raises(ValueError, match="val2018.json is no JSON"):
+    with pytest.raises(ValueError, match="val2018.json is not valid JSON"):
         load_splits(inaturalist)
     path.write_text("{}")
     with pytest.raises(ValueError, match="no list of `images`"):
@@ -227,7 +248,9 @@ def test_inaturalist_with_loose_ends_is_refused(inaturalist):
     content["categories"][0]["name"] = None
     train.write_text(json.dumps(content))
     path.unlink()
-    with pytest.raises(ValueError, match="train2018.json has 1 categories .* id 9 with None"):
+    with pytest.raises(
+        ValueError, match="train2018.json has 1 categories whose `name` is missing .*'id': 9, 'name': None"
+    ):
         load_splits(inaturalist)
     train.write_text('{"images": []}')
     with pytest.raises(ValueError, match="train2018.json has no `annotations`"):
@@ -245,7 +268,7 @@ def test_places_lt():
     if (folder / listed.paths[0]).is_file():
         assert load_splits(folder).class_counts.tolist() == counts.tolist()
         return
-    with pytest.raises(MissingPicturesError, match="106300 of 106300 pictures") as caught:
+    with pytest.raises(MissingImagesError, match="106300 of 106300 images") as caught:
         load_splits(folder)
     missing = {part: len(paths) for part, paths in caught.value.missing.items()}
     assert missing == {"train": 62_500, "validation": 7_300, "test": 36_500}

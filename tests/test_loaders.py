@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from ballad_hf import load_splits
-from ballad_hf.data.images import UnreadablePictureError
+from ballad_hf.data.image_dataset import ImageDataset
+from ballad_hf.data.images import UnreadableImageError
 from ballad_hf.data.loaders import epoch_batches, evaluation_loader, train_loader
-from ballad_hf.data.picture_stores import FilePictures
 from ballad_hf.data.samplers import ClassAwareSampler, InstanceSampler
-from ballad_hf.data.splits import ImageSplit
 from ballad_hf.data.transforms import CropSchedule, evaluation_transform, train_transform
+
+from .conftest import load_splits
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +87,15 @@ def test_evaluation_sees_every_row_once_in_order(digits, tiny_clip):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_picture_that_can_not_be_read_is_named_by_any_worker(workers, tmp_path, tiny_clip):
     (tmp_path / "half.jpg").write_bytes(b"\xff\xd8\xff")
-    split = ImageSplit(FilePictures(tmp_path, ["half.jpg"]), [0], ["a"])
+    split = ImageDataset([tmp_path / "half.jpg"], [0], ["a"])
     split = split.with_transform(evaluation_transform(tiny_clip.image_processor))
-    with pytest.raises(UnreadablePictureError, match=r"half.jpg can't be read"):
+    with pytest.raises(UnreadableImageError, match=r"half.jpg can't be read"):
         list(evaluation_loader(split, 1, num_workers=workers))
 
 
 def test_what_can_not_work_is_refused(digits, train):
     sampler = InstanceSampler(train.labels)
-    with pytest.raises(ValueError, match="batch_size is 1000, but an epoch has 307 pictures"):
+    with pytest.raises(ValueError, match="batch_size is 1000, but an epoch has 307 images"):
         train_loader(train, sampler, 1000)
     with pytest.raises(ValueError, match="batch_size is 0"):
         train_loader(train, sampler, 0)

@@ -15,8 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ballad_hf import BalladForImageClassification, train_phase_a
 from ballad_hf.data import transforms
-from ballad_hf.data.picture_stores import ArrayPictures
-from ballad_hf.data.splits import ImageSplit
+from ballad_hf.data.image_dataset import ImageDataset
 from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
 from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training import phase_a
@@ -42,13 +41,13 @@ def coloured(counts, seed, names=NAMES):
     labels = np.repeat(np.arange(3), counts)
     pixels = generator.integers(0, 120, (len(labels), 24, 24, 3), dtype=np.uint8)
     pixels[np.arange(len(labels)), :, :, labels] += 130
-    return ImageSplit(ArrayPictures(pixels, "colours"), labels, names)
+    return ImageDataset(pixels, labels, names)
 
 
 @dataclasses.dataclass
 class Splits:
-    train: ImageSplit
-    validation: ImageSplit | None
+    train: ImageDataset
+    validation: ImageDataset | None
 
 
 @pytest.fixture(scope="module")

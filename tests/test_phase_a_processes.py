@@ -11,8 +11,7 @@ from accelerate import Accelerator, debug_launcher
 from torch.multiprocessing import ProcessExitedException
 
 from ballad_hf import BalladForImageClassification, files, train_phase_a
-from ballad_hf.data.picture_stores import ArrayPictures
-from ballad_hf.data.splits import ImageSplit
+from ballad_hf.data.image_dataset import ImageDataset
 from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training.arguments import PhaseAArguments
 from ballad_hf.training.phase_a import PhaseALoop
@@ -26,7 +25,7 @@ NAMES = ["red", "green", "blue"]
 def noisy(counts, seed):
     labels = np.repeat(np.arange(3), counts)
     pixels = np.random.default_rng(seed).integers(0, 256, (len(labels), 24, 24, 3), dtype=np.uint8)
-    return ImageSplit(ArrayPictures(pixels, "noise"), labels, NAMES)
+    return ImageDataset(pixels, labels, NAMES)
 
 
 def run(folder, file, options, resume=None, accelerator=None):

@@ -11,11 +11,11 @@ from ballad_hf.data import samplers
 from ballad_hf.data.samplers import (
     ClassAwareSampler,
     ClassWeightSampler,
-    Draw,
     InstanceSampler,
     PowerSampler,
     ProgressiveSampler,
-    SeededDraws,
+    SampleIndex,
+    SeededSampler,
     build_sampler,
 )
 
@@ -143,7 +143,7 @@ def test_class_aware_says_which_classes_repeat_within_a_draw(caplog):
         sampler = ClassAwareSampler(LONG_TAIL, 4)
     finally:
         samplers.logger.removeHandler(caplog.handler)
-    assert "1 classes have fewer than samples_per_class=4 pictures, such as class -2" in caplog.text
+    assert "1 classes have fewer than samples_per_class=4 images, such as class -2" in caplog.text
     assert np.unique(LONG_TAIL[sampler.rows()], return_counts=True)[1].tolist() == [24, 24, 24, 24]
 
 
@@ -220,7 +220,7 @@ def test_the_global_random_state_has_no_say():
 
 
 def test_draws_carry_the_seed_of_their_place():
-    draws = SeededDraws(InstanceSampler(LONG_TAIL, seed=0), seed=9)
+    draws = SeededSampler(InstanceSampler(LONG_TAIL, seed=0), seed=9)
     draws.set_epoch(2)
     first = list(draws)
     assert first == list(draws)
@@ -230,14 +230,14 @@ def test_draws_carry_the_seed_of_their_place():
     assert all(0 <= draw.seed < 2**63 for draw in first)
     draws.set_epoch(3)
     assert not {draw.seed for draw in draws} & {draw.seed for draw in first}
-    assert pickle.loads(pickle.dumps(Draw(1, 2, 3))) == Draw(1, 2, 3)
+    assert pickle.loads(pickle.dumps(SampleIndex(1, 2, 3))) == SampleIndex(1, 2, 3)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: InstanceSampler([]), "at least one picture"),
-        (lambda: InstanceSampler([0.5]), "whole numbers"),
+        (lambda: InstanceSampler([]), "at least one image"),
+        (lambda: InstanceSampler([0.5]), "give integers"),
         (lambda: InstanceSampler([0], multiple_of=0), "multiple_of is 0"),
         (lambda: InstanceSampler([0] * 3, multiple_of=4), "3 rows is shorter than one global batch of 4"),
         (lambda: ClassAwareSampler([0, 0], 3), "samples_per_class is 3, but the largest class has 2"),

@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
-from torch.utils.data import Dataset
 
+from ballad_hf.data.image_dataset import ImageDataset
 from ballad_hf.data.loaders import epoch_batches, train_loader
 from ballad_hf.data.samplers import ClassAwareSampler, PowerSampler
 
@@ -17,18 +17,11 @@ BATCH_SIZE, EPOCHS = 3, 2
 LABELS = np.repeat([4, 0, 9, 2, 7], [100, 60, 30, 12, 5])
 
 
-class Pictures(Dataset):
-    """Stands in for an `ImageSplit`: the pixel is what the draw's seed makes of it."""
+def random_pixel(image, rng):
+    return torch.tensor([float(rng.random())])
 
-    transform = "some"
-    labels = LABELS
 
-    def __len__(self):
-        return len(LABELS)
-
-    def __getitem__(self, draw):
-        pixel = float(np.random.default_rng(draw.seed).random())
-        return {"pixel_values": torch.tensor([pixel]), "labels": int(LABELS[draw.index]), "index": draw.index}
+IMAGES = ImageDataset(np.zeros((len(LABELS), 1, 1), np.uint8), LABELS, list("abcdefghij"), random_pixel)
 
 
 def sampler_of(kind, processes):
@@ -48,7 +41,7 @@ def record(folder, kind, num_workers, stops):
 
     def prepared():
         sampler = sampler_of(kind, accelerator.num_processes)
-        return accelerator.prepare(train_loader(Pictures(), sampler, BATCH_SIZE, num_workers=num_workers, seed=1))
+        return accelerator.prepare(train_loader(IMAGES, sampler, BATCH_SIZE, num_workers=num_workers, seed=1))
 
     loader = prepared()
     whole = [seen(epoch_batches(loader, epoch)) for epoch in range(EPOCHS)]

@@ -1,16 +1,21 @@
-"""`load_splits` from every kind of source, and what it does to the parts."""
+"""`load_image_dataset` from every kind of source, and what it does to the splits."""
 
+import io
+import os
 import re
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from transformers.utils import logging
 
-from ballad_hf import load_splits
-from ballad_hf.data.picture_stores import ArrayPictures
-from ballad_hf.data.sources import _split_off
-from ballad_hf.data.splits import ImageSplit
+from ballad_hf import ShotGroups, as_image_dataset, load_image_dataset
+from ballad_hf.data.sources import _hold_out
+
+from .conftest import load_splits
 
 
 def make_folder(root, counts, start=0):
@@ -46,7 +51,7 @@ def test_the_built_in_digits():
     picture = splits.test.image(3)
     assert (picture.size, picture.mode) == ((32, 32), "RGB")
     assert picture.getextrema()[0][1] > 200
-    digests = [set(map(bytes, part.picture_digests())) for _, part in splits.items()]
+    digests = [set(map(bytes, images.digests())) for images in (splits.train, splits.validation, splits.test)]
     assert not digests[0] & digests[1]
     assert not digests[0] & digests[2]
     assert not digests[1] & digests[2]
@@ -104,7 +109,7 @@ def test_pictures_deep_in_class_folders_and_other_files(pictures, caplog):
         logging.disable_propagation()
     assert splits.class_names == ["owl", "red fox", "zebra"]
     assert len(splits.train) + len(splits.validation) == 20
-    assert "without a picture, which make no classes: empty." in caplog.text
+    assert "without an image are not classes: empty." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -112,7 +117,7 @@ def test_pictures_deep_in_class_folders_and_other_files(pictures, caplog):
     [
         (
             {"image_column": "x", "image_root": "y"},
-            "Without effect on a folder of pictures, .*: image_column, image_root",
+            "Ignored for image folders: image_column, image_root",
         ),
         ({}, "^$"),
     ],
@@ -133,10 +138,47 @@ def test_links_are_followed_but_not_in_circles(pictures):
     assert (splits.train.class_counts + splits.validation.class_counts).tolist() == [18, 12, 1]
 
 
+def test_file_names_that_are_not_utf8_and_pipes(pictures):
+    (pictures / "owl" / "1.png").rename(pictures / "owl" / os.fsdecode(b"caf\xe9.png"))
+    os.mkfifo(pictures / "owl" / "pipe.png")
+    splits = load_splits(pictures, validation_fraction=0)
+    names = [splits.train.image_name(index) for index in range(len(splits.train))]
+    pipe = names.index("owl/pipe.png")
+    with pytest.raises(ValueError, match=r"owl/pipe\.png can't be read: it is not a regular file"):
+        splits.train.image(pipe)
+    assert len(content(splits.train.select(np.setdiff1d(np.arange(20), pipe)))) == 19
+    assert len(load_splits(pictures, validation_fraction=0, on_unreadable="skip").train) == 19
+    assert r"owl/caf\xe9.png" in names
+
+
+def test_a_folder_whose_name_is_not_utf8_is_no_class_name(tmp_path):
+    make_folder(tmp_path, {os.fsdecode(b"caf\xe9"): 2, "tea": 2})
+    with pytest.raises(ValueError, match=r"class names are not valid UTF-8, such as 'caf\\udce9'"):
+        load_splits(tmp_path)
+    splits = load_splits(tmp_path, class_names=["café", "tea"], validation_fraction=0)
+    assert len(content(splits.train)) == 4
+
+
+def test_an_empty_validation_folder_is_refused(tmp_path):
+    make_folder(tmp_path / "train", {"owl": 3})
+    (tmp_path / "val" / "owl").mkdir(parents=True)
+    with pytest.raises(ValueError, match="val is the validation split, but has no images"):
+        load_splits(tmp_path)
+
+
+def test_folders_and_files_named_like_splits_are_no_splits(tmp_path):
+    """`datasets`' imagefolder keeps the images of `test tube` alone here."""
+    make_folder(tmp_path, {"owl": 3, "test tube": 3, "train station": 2})
+    (tmp_path / "owl" / "0.png").rename(tmp_path / "owl" / "test_0.png")
+    splits = load_splits(tmp_path, validation_fraction=0)
+    assert splits.class_names == ["owl", "test tube", "train station"]
+    assert splits.class_counts.tolist() == [3, 3, 2]
+
+
 def test_a_class_that_only_the_test_has_is_refused(tmp_path):
     make_folder(tmp_path / "train", {"owl": 3})
     make_folder(tmp_path / "test", {"owl": 1, "yak": 1})
-    with pytest.raises(ValueError, match="1 classes have no folder in the training part: yak"):
+    with pytest.raises(ValueError, match="1 classes have no folder in the training split: yak"):
         load_splits(tmp_path)
 
 
@@ -164,16 +206,17 @@ def test_unreadable_pictures_are_errors_by_name_or_left_out(pictures):
     (pictures / "red_fox" / "0.png").write_bytes(whole[: len(whole) // 2])
     for part in (load_splits(pictures).train, load_splits(pictures).validation):
         for index in range(len(part)):
-            if part.name(index) in ("owl/3.png", "red_fox/0.png"):
-                with pytest.raises(ValueError, match=rf"{part.name(index)} can't be read"):
+            if part.image_name(index) in ("owl/3.png", "red_fox/0.png"):
+                with pytest.raises(ValueError, match=rf"{part.image_name(index)} can't be read"):
                     part.image(index)
             else:
                 part.image(index)
-    splits = load_splits(pictures, on_unreadable="skip")
+    unreadable = []
+    splits = load_splits(pictures, on_unreadable="skip", unreadable=unreadable)
     assert len(splits.train) + len(splits.validation) == 17
-    assert len(splits.unreadable) == 2
-    assert "owl/3.png can't be read" in splits.unreadable[0]
-    assert "red_fox/0.png can't be read" in splits.unreadable[1]
+    assert len(unreadable) == 2
+    assert "owl/3.png can't be read" in unreadable[0]
+    assert "red_fox/0.png can't be read" in unreadable[1]
 
 
 def test_a_long_tail_is_made_after_the_validation_part_was_held_out(tmp_path):
@@ -189,7 +232,7 @@ def test_a_fraction_of_0_holds_nothing_out(tmp_path):
     splits = load_splits(tmp_path / "own", validation_fraction=0)
     assert splits.class_counts.tolist() == [1, 3]
     assert (splits.validation, splits.test) == (None, None)
-    assert [name for name, _ in splits.items()] == ["train"]
+    assert list(splits.dataset) == ["train"]
     # A validation split that the data has is used whatever the fraction is.
     assert len(load_splits("digits", validation_fraction=0).validation) == 200
 
@@ -225,22 +268,269 @@ def test_bad_arguments_are_refused(options, message):
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.99])
 def test_the_last_picture_of_a_class_is_never_held_out(fraction):
-    labels = np.repeat(np.arange(5), [1, 2, 3, 50, 200])
-    split = ImageSplit(ArrayPictures(np.zeros((256, 2, 2), np.uint8), "x"), labels, list("abcde"))
-    train, validation = _split_off(split, fraction, seed=0)
-    assert train.class_counts.min() >= 1
-    assert (train.class_counts + validation.class_counts).tolist() == [1, 2, 3, 50, 200]
-    expected = [0] + [min(count - 1, max(1, round(count * fraction))) for count in (2, 3, 50, 200)]
-    assert validation.class_counts.tolist() == expected
+    counts = [1, 2, 3, 50, 200]
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5), counts))
+    train, validation = _hold_out(labels, fraction, seed=0)
+    assert sorted([*train, *validation]) == list(range(256))
+    expected = [0] + [min(count - 1, max(1, round(count * fraction))) for count in counts[1:]]
+    assert np.bincount(labels[validation], minlength=5).tolist() == expected
 
 
 def test_a_validation_part_can_not_come_from_single_pictures(tmp_path):
     make_folder(tmp_path, {"a": 1, "b": 1})
-    with pytest.raises(ValueError, match="Every class has one picture"):
+    with pytest.raises(ValueError, match="Every class has one image"):
         load_splits(tmp_path)
 
 
-def test_every_argument_of_a_run_is_an_argument_of_load_splits():
+def test_every_argument_of_a_run_is_an_argument():
     from ballad_hf.training.arguments import DataArguments
 
     assert load_splits(**vars(DataArguments()), seed=3).name == "digits"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def stored(red):
+    file = io.BytesIO()
+    Image.new("RGB", (6, 5), (red, 0, 0)).save(file, "png")
+    return {"bytes": file.getvalue(), "path": f"{red}.png"}
+
+
+def dataset_of(labels, feature=None, start=0, **more):
+    columns = {"image": [stored(start + row) for row in range(len(labels))], "label": labels, **more}
+    features = {"image": datasets.Image(), "label": feature or datasets.ClassLabel(names=["red_fox", "owl"])}
+    features |= {name: datasets.Value("int64") for name in more}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def write_parquet(folder, **parts):
+    folder.mkdir()
+    for name, dataset in parts.items():
+        dataset.to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    return folder
+
+
+def reds(split):
+    return [split.image(index).getpixel((0, 0))[0] for index in range(len(split))]
+
+
+def test_a_folder_of_parquet_files(tmp_path):
+    folder = write_parquet(tmp_path / "beasts", train=dataset_of([0, 1, 1]), test=dataset_of([1, 0], start=9))
+    splits = load_splits(folder, validation_split="test")
+    assert splits.name == "beasts"
+    assert splits.class_names == ["red fox", "owl"]
+    assert (splits.train.labels.tolist(), reds(splits.train)) == ([0, 1, 1], [0, 1, 2])
+    assert (splits.validation.labels.tolist(), reds(splits.validation)) == ([1, 0], [9, 10])
+    assert splits.test is None
+    assert splits.train.image_name(1) == "1.png"
+
+
+def test_a_single_parquet_file_and_a_fingerprint_of_content(tmp_path):
+    folder = write_parquet(tmp_path / "beasts", train=dataset_of([0] * 5 + [1] * 5))
+    first = load_splits(folder / "train-00000-of-00001.parquet").train
+    assert first.fingerprint() == load_splits(folder).train.fingerprint()
+    other = write_parquet(tmp_path / "others", train=dataset_of([0] * 5 + [1] * 5, start=1))
+    assert load_splits(other).train.fingerprint() != first.fingerprint()
+
+
+def test_parquet_that_other_tools_wrote(tmp_path):
+    table = pa.table({"photo": [stored(1), stored(2), stored(3)], "species": ["owl", "ant_bear", "owl"]})
+    (tmp_path / "plain").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "plain" / "train.parquet")
+    with pytest.raises(ValueError, match="name the label with label_column, one of species"):
+        load_splits(tmp_path / "plain")
+    splits = load_splits(tmp_path / "plain", label_column="species", validation_fraction=0.3)
+    assert splits.class_names == ["ant bear", "owl"]
+    assert sorted(reds(splits.train) + reds(splits.validation)) == [1, 2, 3]
+    assert sorted(splits.train.labels.tolist() + splits.validation.labels.tolist()) == [0, 1, 1]
+
+
+def test_damaged_and_differing_parquet_files_are_named(tmp_path):
+    folder = write_parquet(tmp_path / "beasts", train=dataset_of([0, 1]), test=dataset_of([0]))
+    whole = (folder / "test-00000-of-00001.parquet").read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"<html>404</html>"):
+        (folder / "test-00000-of-00001.parquet").write_bytes(content)
+        with pytest.raises(ValueError, match=r"test-00000-of-00001\.parquet is not a complete parquet file"):
+            load_image_dataset(folder)
+    (folder / "test-00000-of-00001.parquet").unlink()
+    dataset_of([0], start=5, more=[1]).remove_columns("label").to_parquet(folder / "train-00001-of-00002.parquet")
+    with pytest.raises(
+        ValueError,
+        match=r"train-00001-of-00002\.parquet has the columns .*more.*Give files with the same",
+    ):
+        load_image_dataset(folder)
+
+
+def test_a_parquet_file_without_rows_has_no_images(tmp_path):
+    folder = write_parquet(tmp_path / "beasts", train=dataset_of([0, 1]).select([]))
+    with pytest.raises(ValueError, match="beasts', which `datasets` can't load: .*no data"):
+        load_image_dataset(folder)
+
+
+def test_a_dataset_in_memory():
+    whole = dataset_of([0, 1] * 10).rename_column("image", "photo").shuffle(seed=0)
+    loaded = load_image_dataset(datasets.DatasetDict({"train": whole, "test": whole.select([0, 1])}))
+    assert list(loaded) == ["train", "validation", "test"]
+    assert loaded["train"].column_names == ["image", "label"]
+    assert loaded["train"].features["image"] == datasets.Image(decode=False)
+    assert loaded["test"].features["label"].names == ["red fox", "owl"]
+    expected = [(row["photo"].getpixel((0, 0))[0], row["label"]) for row in whole.select([0, 1])]
+    test = as_image_dataset(loaded["test"])
+    assert list(zip(reds(test), test.labels.tolist(), strict=True)) == expected
+    assert len(load_image_dataset(whole, validation_fraction=0)["train"]) == 20
+
+
+def test_what_is_loaded_is_loaded_alike_from_a_copy(tmp_path, pictures):
+    for source in ("digits", pictures):
+        loaded = load_image_dataset(source, class_names={"zero": "null"} if source == "digits" else None)
+        loaded.save_to_disk(tmp_path / f"copy of {source.name if source != 'digits' else source}")
+        again = load_splits(tmp_path / f"copy of {source.name if source != 'digits' else source}")
+        for split, images in loaded.items():
+            assert getattr(again, split).fingerprint() == as_image_dataset(images).fingerprint()
+
+
+def test_what_save_to_disk_wrote(tmp_path):
+    whole = datasets.DatasetDict({"train": dataset_of([0, 1, 0]), "validation": dataset_of([1])})
+    whole.save_to_disk(tmp_path / "saved")
+    splits = load_splits(tmp_path / "saved")
+    assert (len(splits.train), len(splits.validation)) == (3, 1)
+    dataset_of([0, 0, 1]).save_to_disk(tmp_path / "one part")
+    assert len(load_splits(tmp_path / "one part", validation_fraction=0.5).train) == 2
+
+
+def hub(monkeypatch, **parts):
+    """What the Hub would give, and what it was asked for."""
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return datasets.DatasetDict(parts)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_a_data_set_of_the_hub(monkeypatch):
+    asked = hub(monkeypatch, train=dataset_of([0, 1, 1, 0]), test=dataset_of([-1, -1]))
+    splits = load_splits("someone/beasts", config_name="small", revision="v1", validation_fraction=0.5)
+    assert asked == [(("someone/beasts", "small"), {"revision": "v1"})]
+    assert splits.name == "someone/beasts"
+    assert splits.class_counts.tolist() == [1, 1]
+    # A test part whose labels are kept secret can't be reported on.
+    assert splits.test is None
+
+
+def test_whole_numbers_are_labels_of_any_range(monkeypatch):
+    train = dataset_of([30, 10, 2], datasets.Value("int64"))
+    hub(monkeypatch, train=train, validation=dataset_of([2], datasets.Value("int64")))
+    splits = load_splits("someone/beasts")
+    # As numbers, not as text: 2 comes before 10.
+    assert splits.class_names == ["2", "10", "30"]
+    assert splits.train.labels.tolist() == [2, 1, 0]
+    assert load_splits("someone/beasts", class_names=["a", "b", "c"]).class_names == ["a", "b", "c"]
+    hub(monkeypatch, train=train, validation=dataset_of([2, 5, 99], datasets.Value("int64")))
+    with pytest.raises(ValueError, match="2 labels of the validation split are not in the training split: 5, 99"):
+        load_splits("someone/beasts")
+
+
+@pytest.mark.parametrize("labels", [[0, -1, 1], [-1, -1, -1]])
+def test_a_negative_number_is_no_class(monkeypatch, labels):
+    hub(monkeypatch, train=dataset_of(labels, datasets.Value("int64")))
+    row, count = labels.index(-1), labels.count(-1)
+    with pytest.raises(ValueError, match=f"The train split has {count} images .* such as row {row} with -1.*remove"):
+        load_splits("someone/beasts")
+    good = dataset_of([0, 1], datasets.Value("int64"))
+    hub(monkeypatch, train=good, test=dataset_of([1, -1], datasets.Value("int64")))
+    with pytest.raises(ValueError, match="The test split has 1 images .* such as row 1 with -1"):
+        load_splits("someone/beasts")
+
+
+def test_wordnet_ids_are_refused_as_class_names(monkeypatch):
+    hub(monkeypatch, train=dataset_of([0, 1], datasets.ClassLabel(names=["n01440764", "n01443537"])))
+    with pytest.raises(ValueError, match="WordNet ids, such as n01440764.*give class_names"):
+        load_splits("someone/beasts")
+    hub(monkeypatch, train=dataset_of(["n01440764", "n01443537"] * 2, datasets.Value("string")))
+    with pytest.raises(ValueError, match="WordNet ids, such as n01440764.*give class_names"):
+        load_splits("someone/beasts")
+    assert load_splits("someone/beasts", class_names=["tench", "goldfish"]).class_names == ["tench", "goldfish"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_column": "picture"}, "image_column is 'picture', but .* columns image, label"),
+        ({"label_column": "species"}, "label_column is 'species', but .* columns image, label"),
+        ({"train_split": "learn"}, "train_split is 'learn', but .* has 'train', 'test'"),
+        ({"label_column": "image"}, "one integer or one name an image"),
+    ],
+)
+def test_parts_and_columns_that_do_not_exist_are_refused(monkeypatch, options, message):
+    hub(monkeypatch, train=dataset_of([0, 1]), test=dataset_of([0]))
+    with pytest.raises(ValueError, match=message):
+        load_splits("someone/beasts", **options)
+
+
+def test_missing_labels_and_labels_out_of_range_are_refused(monkeypatch):
+    hub(monkeypatch, train=dataset_of([0, None, 1]))
+    with pytest.raises(ValueError, match="misses some"):
+        load_splits("someone/beasts")
+    hub(monkeypatch, train=dataset_of([0, -1, 1]))
+    with pytest.raises(
+        ValueError, match="The train split has 1 images with a label outside 0 to 1, such as row 1 with -1"
+    ):
+        load_splits("someone/beasts")
+
+
+def test_no_training_part_is_refused(monkeypatch):
+    hub(monkeypatch, first=dataset_of([0]), second=dataset_of([1]))
+    with pytest.raises(ValueError, match="no split called 'train', only 'first', 'second'"):
+        load_splits("someone/beasts")
+    hub(monkeypatch, everything=dataset_of([0, 0, 1, 1]))
+    assert len(load_splits("someone/beasts", validation_fraction=0.5).train) == 2
+
+
+def test_a_name_that_the_hub_does_not_know(monkeypatch):
+    def load_dataset(*arguments, **options):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        FileNotFoundError, match="'someone/nothing': there is no such file or folder here, and the Hub"
+    ):
+        load_splits("someone/nothing")
+
+
+def test_an_empty_picture_is_refused_by_its_row(monkeypatch):
+    train = dataset_of([0, 1])
+    columns = {"image": [stored(1), None], "label": [0, 1]}
+    train = datasets.Dataset.from_dict(columns, features=train.features)
+    hub(monkeypatch, train=train, validation=dataset_of([0]))
+    split = load_splits("someone/beasts").train
+    with pytest.raises(ValueError, match="image 1 can't be read: it is empty"):
+        split.image(1)
+    assert len(load_splits("someone/beasts", on_unreadable="skip").train) == 1
+
+
+def test_cifar_100_at_imbalance_100(monkeypatch):
+    # Labels alone: 500 of each class.
+    labels = np.random.default_rng(0).permutation(np.arange(50_000) % 100).tolist()
+    empty = {"bytes": b"", "path": None}
+    columns = {"img": [empty] * 50_000, "fine_label": labels}
+    names = [f"class {label}" for label in range(100)]
+    features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=names)})
+    whole = datasets.Dataset.from_dict(columns, features=features)
+    hub(monkeypatch, train=whole, test=whole.select(range(100)))
+    splits = load_splits("uoft-cs/cifar100", imbalance_factor=100, validation_fraction=0)
+    counts = splits.class_counts
+    assert (counts.sum(), counts[0], counts[99]) == (10_847, 500, 5)
+    # The paper's many-, medium- and few-shot classes.
+    assert [len(classes) for _, classes in ShotGroups.from_counts(counts).items()] == [35, 35, 30]
+    assert splits.validation is None
+    assert len(splits.test) == 100
+
+
+def test_the_library_works_offline():
+    assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -7,13 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ballad_hf import BalladForImageClassification, FeatureTable, load_splits, train_phase_b
+from ballad_hf import BalladForImageClassification, FeatureTable, train_phase_b
 from ballad_hf.evaluation.evaluate import evaluate
 from ballad_hf.evaluation.frontier import Frontier
 from ballad_hf.features.scoring import adapter_accuracies
 from ballad_hf.training.arguments import PhaseBArguments
 from ballad_hf.training.sweep import SweepSpace, move_ratio, sweep_phase_b
 from ballad_hf.training.sweep_command import main
+
+from .conftest import load_splits
 
 
 pytestmark = pytest.mark.numeric

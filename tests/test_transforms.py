@@ -83,9 +83,9 @@ def test_a_whole_number_is_a_square():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"do_center_crop": False}, "pictures differ in size"),
+        ({"do_center_crop": False}, "images differ in size"),
         ({"do_resize": False, "do_center_crop": False}, "resizes to nothing and crops to nothing"),
-        ({"size": {"shortest_edge": 32, "longest_edge": 64}}, "pictures differ in size"),
+        ({"size": {"shortest_edge": 32, "longest_edge": 64}}, "images differ in size"),
         ({"size": {"height": 50, "width": 50}}, "whatever the shape, then crops"),
         ({"do_pad": True}, "do_pad set"),
     ],

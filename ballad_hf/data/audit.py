@@ -1,9 +1,9 @@
-"""What to know about a data set before training on it.
+"""Audit a dataset before training on it: counts, duplicates, leaks, unreadable images, doubtful names.
 
-    python -m ballad_hf.data.audit path/to/pictures
+    python -m ballad_hf.data.audit path/to/images
     python -m ballad_hf.data.audit someone/beasts --label_column species --output_dir audit
 
-Prints the report and writes it beside a picture of the class distribution: `audit.txt`, `audit.json`,
+Prints the report and writes it beside a plot of the class distribution: `audit.txt`, `audit.json`,
 `class_distribution.png`.
 """
 
@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,32 +33,31 @@ from .duplicates import (
     pixel_digest,
     thumbnail,
 )
-from .images import UnreadablePictureError
-from .long_tail import PROFILES
-from .shots import ShotGroups
-from .sources import load_splits
-from .splits import ImageSplit, Splits
+from .image_dataset import ImageDataset, as_image_dataset
+from .images import UnreadableImageError
+from .long_tail import PROFILES, ShotGroups
+from .sources import load_image_dataset
 
 
-_MOST_SHOWN = 10
+_MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
-class PartAudit:
-    """One part of a data set.
+class SplitAudit:
+    """One split of a dataset.
 
     Args:
-        pictures: in it.
-        class_counts: pictures of each class, in label order.
+        images: number of images.
+        class_counts: images of each class, in label order.
         largest, smallest: the largest and the smallest count, of the classes that occur.
         imbalance_factor: the one over the other.
-        empty_classes: names of the classes without a picture.
-        unreadable: pictures that can't be read, each with the reason.
+        empty_classes: names of the classes without an image.
+        unreadable: images that can't be read, each with the reason.
         sizes: of width, height, shorter side and aspect ratio (longer over shorter side): the least, the 5th, 50th and
             95th percentile, and the greatest.
     """
 
-    pictures: int
+    images: int
     class_counts: list[int]
     largest: int
     smallest: int
@@ -70,41 +69,41 @@ class PartAudit:
 
 @dataclass(frozen=True)
 class Duplicate:
-    """A picture that came before.
+    """An image that came before.
 
     Args:
         kind: `"exact"` (every pixel) or `"near"`.
-        first_part, first: the earlier one, and the part it is in.
-        second_part, second: the later one.
+        first_split, first: the earlier one, and its split.
+        second_split, second: the later one.
         same_label: whether both have the same label; if not, one of them is wrong, or both are.
     """
 
     kind: str
-    first_part: str
+    first_split: str
     first: str
-    second_part: str
+    second_split: str
     second: str
     same_label: bool
 
 
 @dataclass(frozen=True)
 class DataAudit:
-    """The findings. See `to_text` for how they read.
+    """What an audit found. `to_text` makes a report of it.
 
     Args:
-        name: of the data set.
+        name: of the dataset.
         class_names: as prompts show them.
-        parts: of the data set, `train` first.
+        splits: `train` first.
         shot_groups: names of the classes of each group that exists.
-        duplicates: pictures that come twice, within a part or in two of them.
+        duplicates: images that come twice, within a split or in two of them.
         colliding_names: names that several classes have: name -> labels.
         doubtful_names: names that a prompt hardly tells from others, or that say nothing: name -> why.
-        left_out: pictures that were left out when the data was read, each with the reason.
+        left_out: images that were left out when the data was read, each with the reason.
     """
 
     name: str
     class_names: list[str]
-    parts: dict[str, PartAudit]
+    splits: dict[str, SplitAudit]
     shot_groups: dict[str, list[str]]
     duplicates: list[Duplicate]
     colliding_names: dict[str, list[int]] = field(default_factory=dict)
@@ -112,8 +111,8 @@ class DataAudit:
     left_out: list[str] = field(default_factory=list)
 
     def leaks(self) -> list[Duplicate]:
-        """Duplicates in two parts: what was learnt or chosen with is tested on."""
-        return [pair for pair in self.duplicates if pair.first_part != pair.second_part]
+        """Duplicates in two splits: what was trained on or chosen with is tested on."""
+        return [pair for pair in self.duplicates if pair.first_split != pair.second_split]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -124,12 +123,21 @@ class DataAudit:
         return "\n\n".join(block for block in _blocks(self) if block)
 
 
-def audit_splits(splits: Splits, num_threads: int | None = None) -> DataAudit:
-    """Look at every picture and every label of a data set.
+def audit_dataset(
+    dataset: Mapping[str, Any],
+    name: str | None = None,
+    *,
+    num_threads: int | None = None,
+    left_out: Sequence[str] = (),
+) -> DataAudit:
+    """Read every image and every label of a dataset.
 
     Args:
-        splits: see `load_splits`.
-        num_threads: that read pictures; default: one a processor.
+        dataset: split -> anything that [`as_image_dataset`] takes, such as what `load_image_dataset` returns. `train`
+            is needed.
+        name: of the dataset; default: the one that it was loaded by.
+        num_threads: threads that read images; default: one per processor.
+        left_out: images that were left out when the data was read, each with the reason.
 
     Returns:
         What was found. Nothing is changed.
@@ -139,26 +147,29 @@ def audit_splits(splits: Splits, num_threads: int | None = None) -> DataAudit:
 
     Example:
 
-    >>> from ballad_hf import load_splits
-    >>> from ballad_hf.data.audit import audit_splits
-    >>> splits = load_splits("digits")
-    >>> splits.test = None
-    >>> audit = audit_splits(splits)
-    >>> audit.parts["train"].pictures, audit.parts["train"].imbalance_factor, len(audit.shot_groups["few"])
-    (307, 54.0, 6)
+    >>> from ballad_hf import load_image_dataset
+    >>> from ballad_hf.data.audit import audit_dataset
+    >>> audit = audit_dataset({"train": load_image_dataset("digits")["train"]})
+    >>> audit.name, audit.splits["train"].images, audit.splits["train"].imbalance_factor
+    ('digits', 307, 54.0)
     """
     if num_threads is not None and num_threads < 1:
-        raise ValueError(f"num_threads is {num_threads}: give 1 or more, or leave it out for one a processor.")
-    looked = {name: _look(split, name, num_threads) for name, split in splits.items()}
-    groups = ShotGroups.from_counts(splits.class_counts)
+        raise ValueError(f"num_threads is {num_threads}: give 1 or more, or leave it out for one per processor.")
+    if name is None:
+        info = getattr(dataset["train"], "info", None)
+        name = (info and info.dataset_name) or "dataset"
+    splits = {split: as_image_dataset(images) for split, images in dataset.items()}
+    contents = {split: _read_all(images, split, num_threads) for split, images in splits.items()}
+    class_names = splits["train"].class_names
+    groups = ShotGroups.from_counts(splits["train"].class_counts)
     return DataAudit(
-        name=splits.name,
-        class_names=splits.class_names,
-        parts={name: _part_audit(split, looked[name]) for name, split in splits.items()},
-        shot_groups={name: [splits.class_names[index] for index in members] for name, members in groups.items()},
-        duplicates=_duplicates(dict(splits.items()), looked),
-        doubtful_names=doubtful_names(splits.class_names),
-        left_out=splits.unreadable,
+        name=name,
+        class_names=class_names,
+        splits={split: _split_audit(images, contents[split]) for split, images in splits.items()},
+        shot_groups={group: [class_names[index] for index in members] for group, members in groups.items()},
+        duplicates=_duplicates(splits, contents),
+        doubtful_names=doubtful_names(class_names),
+        left_out=list(left_out),
     )
 
 
@@ -199,10 +210,10 @@ def doubtful_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def save_class_distribution(audit: DataAudit, path: str | os.PathLike[str]) -> None:
-    """Draw the training pictures of each class, from the largest to the smallest, coloured by shot group."""
+    """Draw the training images of each class, from the largest to the smallest, coloured by shot group."""
     from matplotlib.figure import Figure
 
-    counts = np.array(audit.parts["train"].class_counts)
+    counts = np.array(audit.splits["train"].class_counts)
     group_of = {name: group for group, names in audit.shot_groups.items() for name in names}
     order = np.argsort(-counts, kind="stable")
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -212,26 +223,28 @@ def save_class_distribution(audit: DataAudit, path: str | os.PathLike[str]) -> N
         if places:
             heights = counts[order[places]]
             axes.bar(places, heights, width=1.0, color=colour, label=f"{group}-shot ({len(places)} classes)")
-    axes.set(xlabel="classes, largest first", ylabel="training pictures", yscale="log", title=audit.name)
+    axes.set(xlabel="classes, largest first", ylabel="training images", yscale="log", title=audit.name)
     axes.legend()
     figure.savefig(os.fspath(path), dpi=120)
 
 
 def main(command_line: Sequence[str] | None = None) -> None:
-    """Audit the data set that the command line names."""
+    """Audit the dataset that the command line names."""
     arguments = vars(_parser().parse_args(command_line))
     output_dir = Path(arguments.pop("output_dir"))
     num_threads = arguments.pop("num_threads")
-    told = {name: value for name, value in arguments.items() if value is not None}
+    given = {name: value for name, value in arguments.items() if value is not None}
+    left_out: list[str] = []
     collisions: dict[str, list[int]] = {}
     try:
-        splits = load_splits(**told)
+        dataset = load_image_dataset(**given, unreadable=left_out)
     except UnusableNamesError as error:
         # A training would stop here; an audit goes on, with names that differ, to find the rest too.
         collisions = error.clashes
         numbered = [f"{name} ({label})" for label, name in enumerate(error.names)]
-        splits = load_splits(**{**told, "class_names": numbered})
-    audit = audit_splits(splits, num_threads)
+        left_out.clear()
+        dataset = load_image_dataset(**{**given, "class_names": numbered}, unreadable=left_out)
+    audit = audit_dataset(dataset, num_threads=num_threads, left_out=left_out)
     if collisions:
         audit = DataAudit(**{**vars(audit), "colliding_names": collisions})
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -243,7 +256,9 @@ def main(command_line: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ballad_hf.data.audit", description=__doc__.split("\n")[0])
-    parser.add_argument("dataset", help="as load_splits takes it: a folder, a list file, a name on the Hub, 'digits'")
+    parser.add_argument(
+        "dataset", help="as load_image_dataset takes it: a folder, a list file, a name on the Hub, 'digits'"
+    )
     for name in ("config_name", "revision", "train_split", "validation_split", "test_split", "image_column"):
         parser.add_argument(f"--{name}")
     for name in ("label_column", "image_root", "class_names"):
@@ -253,14 +268,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", choices=PROFILES)
     parser.add_argument("--on_unreadable", choices=("raise", "skip"), help="'skip' leaves missing files of a list out")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--num_threads", type=int, help="that read pictures; default: one a processor")
+    parser.add_argument("--num_threads", type=int, help="threads that read images; default: one per processor")
     parser.add_argument("--output_dir", default="audit", help="folder of the report (default: audit)")
     return parser
 
 
 @dataclass(frozen=True)
-class _Looked:
-    """What every picture of a part told: rows of unreadable ones are zero."""
+class _Contents:
+    """What was read of every image of a split; rows of unreadable ones are zero."""
 
     digests: np.ndarray  # (n, 16) uint8
     thumbnails: np.ndarray  # (n, 9, 9) uint8
@@ -268,38 +283,38 @@ class _Looked:
     unreadable: list[str]
 
 
-def _look(split: ImageSplit, name: str, num_threads: int | None) -> _Looked:
-    def look(index: int) -> str | None:
+def _read_all(images: ImageDataset, name: str, num_threads: int | None) -> _Contents:
+    def read(index: int) -> str | None:
         try:
-            picture = split.image(index)
-        except UnreadablePictureError as error:
+            image = images.image(index)
+        except UnreadableImageError as error:
             return str(error)
-        digests[index] = np.frombuffer(pixel_digest(picture), np.uint8)
-        thumbnails[index], sizes[index] = thumbnail(picture), picture.size
+        digests[index] = np.frombuffer(pixel_digest(image), np.uint8)
+        thumbnails[index], sizes[index] = thumbnail(image), image.size
         return None
 
-    digests = np.zeros((len(split), PIXEL_DIGEST_BYTES), dtype=np.uint8)
-    thumbnails = np.zeros((len(split), THUMBNAIL_SIDE, THUMBNAIL_SIDE), dtype=np.uint8)
-    sizes = np.zeros((len(split), 2), dtype=np.int64)
+    digests = np.zeros((len(images), PIXEL_DIGEST_BYTES), dtype=np.uint8)
+    thumbnails = np.zeros((len(images), THUMBNAIL_SIDE, THUMBNAIL_SIDE), dtype=np.uint8)
+    sizes = np.zeros((len(images), 2), dtype=np.int64)
     with ThreadPoolExecutor(num_threads or os.cpu_count()) as threads:
-        reasons = tqdm(threads.map(look, range(len(split))), total=len(split), desc=f"Reading {name}", delay=2)
+        reasons = tqdm(threads.map(read, range(len(images))), total=len(images), desc=f"Reading {name}", delay=2)
         unreadable = [reason for reason in reasons if reason is not None]
-    return _Looked(digests, thumbnails, sizes, unreadable)
+    return _Contents(digests, thumbnails, sizes, unreadable)
 
 
-def _part_audit(split: ImageSplit, looked: _Looked) -> PartAudit:
-    counts = split.class_counts
+def _split_audit(images: ImageDataset, contents: _Contents) -> SplitAudit:
+    counts = images.class_counts
     occurring = counts[counts > 0]
     largest, smallest = (int(occurring.max()), int(occurring.min())) if len(occurring) else (0, 0)
-    return PartAudit(
-        pictures=len(split),
+    return SplitAudit(
+        images=len(images),
         class_counts=counts.tolist(),
         largest=largest,
         smallest=smallest,
         imbalance_factor=largest / max(smallest, 1),
-        empty_classes=[split.class_names[index] for index in np.flatnonzero(counts == 0)],
-        unreadable=looked.unreadable,
-        sizes=_size_statistics(looked.sizes[looked.sizes[:, 0] > 0]),
+        empty_classes=[images.class_names[index] for index in np.flatnonzero(counts == 0)],
+        unreadable=contents.unreadable,
+        sizes=_size_statistics(contents.sizes[contents.sizes[:, 0] > 0]),
     )
 
 
@@ -311,52 +326,59 @@ def _size_statistics(sizes: np.ndarray) -> dict[str, list[float]]:
     return {name: np.round(np.percentile(column, (0, 5, 50, 95, 100)), 3).tolist() for name, column in values.items()}
 
 
-def _duplicates(splits: dict[str, ImageSplit], looked: dict[str, _Looked]) -> list[Duplicate]:
-    # Earlier parts first: a test picture is a copy of the training picture, not the other way round.
+def _duplicates(splits: dict[str, ImageDataset], contents: dict[str, _Contents]) -> list[Duplicate]:
+    # Earlier splits first: a test image is a copy of the training image, not the other way round.
     names = list(splits)
     starts = np.cumsum([0, *(len(splits[name]) for name in names)])
-    digests = np.concatenate([looked[name].digests for name in names])
-    thumbnails = np.concatenate([looked[name].thumbnails for name in names])
+    digests = np.concatenate([contents[name].digests for name in names])
+    thumbnails = np.concatenate([contents[name].thumbnails for name in names])
     readable = np.flatnonzero(digests.any(axis=1))
     exact = [(readable[first], readable[second]) for first, second in exact_duplicates(digests[readable])]
     copies = {second for _, second in exact}
     near = [pair for pair in near_duplicates(thumbnails) if pair.second not in copies]
 
     def place(row: int) -> tuple[str, int]:
-        part = int(np.searchsorted(starts, row, side="right")) - 1
-        return names[part], int(row - starts[part])
+        split = int(np.searchsorted(starts, row, side="right")) - 1
+        return names[split], int(row - starts[split])
 
     found = []
     for kind, pairs in (("exact", exact), ("near", near)):
         for first, second in pairs:
-            (first_part, first_index), (second_part, second_index) = place(first), place(second)
-            one, other = splits[first_part], splits[second_part]
+            (first_split, first_index), (second_split, second_index) = place(first), place(second)
+            one, other = splits[first_split], splits[second_split]
             same_label = bool(one.labels[first_index] == other.labels[second_index])
             found.append(
-                Duplicate(kind, first_part, one.name(first_index), second_part, other.name(second_index), same_label)
+                Duplicate(
+                    kind,
+                    first_split,
+                    one.image_name(first_index),
+                    second_split,
+                    other.image_name(second_index),
+                    same_label,
+                )
             )
     return found
 
 
 def _blocks(audit: DataAudit) -> list[str]:
-    train = audit.parts["train"]
+    train = audit.splits["train"]
     lines = [f"{audit.name}: {len(audit.class_names)} classes"]
-    lines += [f"  {name:<11}{part.pictures:>9,} pictures" for name, part in audit.parts.items()]
+    lines += [f"  {name:<11}{split.images:>9,} images" for name, split in audit.splits.items()]
     imbalance = (
-        f"Training pictures a class: {train.largest:,} to {train.smallest:,}, imbalance {train.imbalance_factor:.1f}\n"
+        f"Training images per class: {train.largest:,} to {train.smallest:,}, imbalance {train.imbalance_factor:.1f}\n"
         + "\n".join(f"  {group}-shot: {len(names)} classes" for group, names in audit.shot_groups.items())
     )
     blocks = ["\n".join(lines), imbalance, _sizes_block(audit)]
-    blocks.append(_listed("Pictures that were left out", audit.left_out))
-    for name, part in audit.parts.items():
-        blocks.append(_listed(f"Classes without a {name} picture", part.empty_classes))
-        blocks.append(_listed(f"Unreadable pictures in the {name} part", part.unreadable))
+    blocks.append(_listed("Images that were left out", audit.left_out))
+    for name, split in audit.splits.items():
+        blocks.append(_listed(f"Classes without a {name} image", split.empty_classes))
+        blocks.append(_listed(f"Unreadable images in the {name} split", split.unreadable))
     leaks = audit.leaks()
-    inside = [pair for pair in audit.duplicates if pair.first_part == pair.second_part]
-    blocks.append(_listed("LEAKS: pictures that are in two parts", [_told(pair) for pair in leaks]))
-    blocks.append(_listed("Pictures that come twice in a part", [_told(pair) for pair in inside]))
+    inside = [pair for pair in audit.duplicates if pair.first_split == pair.second_split]
+    blocks.append(_listed("LEAKS: images that are in two splits", [_described(pair) for pair in leaks]))
+    blocks.append(_listed("Images that come twice in a split", [_described(pair) for pair in inside]))
     if not audit.duplicates:
-        blocks.append("No picture comes twice, exactly or nearly.")
+        blocks.append("No image comes twice, exactly or nearly.")
     blocks.append(
         _listed(
             "Names that several classes have (give class_names)",
@@ -369,8 +391,8 @@ def _blocks(audit: DataAudit) -> list[str]:
 
 def _sizes_block(audit: DataAudit) -> str:
     rows = [
-        f"  {f'{part}: {name}':<26}" + "".join(f"{value:>9g}" for value in values)
-        for part, found in audit.parts.items()
+        f"  {f'{split}: {name}':<26}" + "".join(f"{value:>9g}" for value in values)
+        for split, found in audit.splits.items()
         for name, values in found.sizes.items()
     ]
     head = f"  {'Pixels, ratios':<26}" + "".join(
@@ -379,17 +401,17 @@ def _sizes_block(audit: DataAudit) -> str:
     return "\n".join([head, *rows]) if rows else ""
 
 
-def _told(pair: Duplicate) -> str:
+def _described(pair: Duplicate) -> str:
     label = "" if pair.same_label else ", with ANOTHER LABEL"
     verb = "is" if pair.kind == "exact" else "is nearly"
-    return f"{pair.second} ({pair.second_part}) {verb} {pair.first} ({pair.first_part}){label}"
+    return f"{pair.second} ({pair.second_split}) {verb} {pair.first} ({pair.first_split}){label}"
 
 
 def _listed(title: str, entries: Sequence[str]) -> str:
     if not entries:
         return ""
-    shown = [f"  {entry}" for entry in entries[:_MOST_SHOWN]]
-    more = [f"  ... and {len(entries) - _MOST_SHOWN} more, in audit.json"] if len(entries) > _MOST_SHOWN else []
+    shown = [f"  {entry}" for entry in entries[:_MAX_LISTED]]
+    more = [f"  ... and {len(entries) - _MAX_LISTED} more, in audit.json"] if len(entries) > _MAX_LISTED else []
     return "\n".join([f"{title}: {len(entries)}", *shown, *more])
 
 

@@ -1,8 +1,9 @@
 """Class names as they belong in a prompt.
 
-The rule: underscores become spaces; a running number in front, as in `001.Black_footed_Albatross`, goes; square and
-curly brackets become round ones, as in CLIP's own list of ImageNet names ("kite (bird of prey)"); white space is
-single. Everything else stays: hyphens, capitals, and words in brackets, which tell a crane from a crane.
+Names are cleaned by one rule: underscores become spaces; a leading running number, as in `001.Black_footed_Albatross`,
+is removed; square and curly brackets become round ones, as in CLIP's own list of ImageNet names ("kite (bird of
+prey)"); whitespace is single. Hyphens, capitals and words in brackets are kept. A cleaned name stays as it is when it
+is cleaned again.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def clean_class_name(name: str) -> str:
     >>> [clean_class_name(name) for name in ("aquarium_fish", "crane[machine]", "T-shirt", "016.Painted_Bunting")]
     ['aquarium fish', 'crane (machine)', 'T-shirt', 'Painted Bunting']
     """
-    name = _RUNNING_NUMBER.sub("", name.strip()).translate(_BRACKETS)
-    return " ".join(re.sub(r"(?<=\S)\(", " (", name).split())
+    cleaned = _RUNNING_NUMBER.sub("", name.strip()).translate(_BRACKETS)
+    cleaned = " ".join(re.sub(r"(?<=\S)\(", " (", cleaned).split())
+    return cleaned if cleaned == name else clean_class_name(cleaned)
 
 
 def shown_class_names(raw: Sequence[str], override: ClassNames | None = None) -> list[str]:
@@ -59,10 +61,9 @@ def shown_class_names(raw: Sequence[str], override: ClassNames | None = None) ->
 
     Args:
         raw: names as the data has them, in label order.
-        override: names in label order (a list, or a text file with one a line), which are cleaned as others; or a
-            mapping from names as the data has them (or as they are after cleaning) to what is shown, taken as it is,
-            as a dictionary or a JSON or YAML file. A JSON file may also hold a list of names, or iNaturalist's list
-            of `{"id": ..., "name": ...}`.
+        override: names in label order (a list, or a text file with one a line); or a mapping from names as the data
+            has them (or as they are after cleaning) to others, as a dictionary or a JSON or YAML file. A JSON file
+            may also hold a list of names, or iNaturalist's list of `{"id": ..., "name": ...}`. All are cleaned.
 
     Returns:
         One name a class.
@@ -71,7 +72,7 @@ def shown_class_names(raw: Sequence[str], override: ClassNames | None = None) ->
         FileNotFoundError: no such file.
         ValueError: a list of another length than `raw`, or one that gives a class the name that the data has for
             another; a mapping of unknown names; a name that is empty or no text.
-        UnusableNamesError: WordNet ids; two classes with the same name.
+        UnusableNamesError: WordNet ids; two classes with the same name; a name that is not valid UTF-8.
 
     Example:
 
@@ -80,17 +81,24 @@ def shown_class_names(raw: Sequence[str], override: ClassNames | None = None) ->
     ['red fox', 'kite (toy)']
     """
     where = "class_names" if not isinstance(override, str | os.PathLike) else str(override)
-    told: Any = _read(Path(override)) if isinstance(override, str | os.PathLike) else override
-    if isinstance(told, Mapping):
-        names = _mapped(raw, told, where)
-    elif told is None:
+    override = read_class_names(override)
+    if isinstance(override, Mapping):
+        names = [clean_class_name(name) for name in _mapped(raw, override, where)]
+    elif override is None:
         names = [clean_class_name(name) for name in raw]
     else:
-        names = [clean_class_name(name) for name in _listed(raw, told, where)]
+        names = [clean_class_name(name) for name in _listed(raw, override, where)]
         _check_order(raw, names, where)
     empty = [index for index, name in enumerate(names) if not name]
     if empty:
         raise ValueError(f"Classes {empty} have no name left: give class_names.")
+    undecodable = [name for name in names if not _is_utf8(name)]
+    if undecodable:
+        raise UnusableNamesError(
+            f"{len(undecodable)} class names are not valid UTF-8, such as {ascii(undecodable[0])}: rename the folder, "
+            "or give class_names, a file with one name a line in label order.",
+            [ascii(name)[1:-1] for name in names],
+        )
     ids = [name for name in names if _WORDNET_ID.fullmatch(name)]
     if ids:
         raise UnusableNamesError(
@@ -121,7 +129,16 @@ def colliding(names: Sequence[str]) -> dict[str, list[int]]:
     return {names[found[0]]: found for found in places.values() if len(found) > 1}
 
 
-def _read(path: Path) -> Any:
+def read_class_names(names: ClassNames | None) -> Sequence[str] | Mapping[str, str] | None:
+    """A list or a mapping of class names, read from its file where it is one; see [`shown_class_names`].
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it can't be read, or holds neither a list nor a mapping.
+    """
+    if not isinstance(names, str | os.PathLike):
+        return names
+    path = Path(names)
     if not path.is_file():
         raise FileNotFoundError(f"class_names is {path}, but there is no such file.")
     try:
@@ -132,6 +149,8 @@ def _read(path: Path) -> Any:
             "label order, or a JSON or YAML file."
         ) from error
     if isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
+        if not all(isinstance(entry.get("id"), int) for entry in content):
+            raise ValueError(f"{path} has a category without an integer `id`: give each an id and a name.")
         return [entry.get("name") for entry in sorted(content, key=lambda entry: entry["id"])]
     if not isinstance(content, list | dict):
         raise ValueError(
@@ -145,6 +164,14 @@ def _parsed(path: Path) -> Any:
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
         return [line for line in text.splitlines() if line.strip()]
     return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _listed(raw: Sequence[str], override: Sequence[str], where: str) -> list[str]:

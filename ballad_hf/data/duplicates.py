@@ -1,7 +1,7 @@
-"""The same picture twice: exactly, by its pixels, or nearly, where one was resized or recompressed.
+"""The same image twice: exactly, by its pixels, or nearly, where one was resized or recompressed.
 
 Near copies are found by a two-way difference hash of thumbnails, looked up in bands (multi-index hashing, Norouzi et
-al., 2012), so that a million pictures need no million times a million comparisons; the thumbnails then decide.
+al., 2012), so that a million images need no million times a million comparisons; the thumbnails then decide.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ _NEAR_GREY_LEVELS = 3.0
 # Two hashes that differ in at most _NEAR_BITS bits have one band in common, of 128 bits in _NEAR_BITS + 1 bands.
 _HASH_BYTES = 16
 _BAND_BYTES = _HASH_BYTES // (_NEAR_BITS + 1)
-# Pictures of one sky share a band by the thousand; each is compared with so many of its neighbours in sorted order.
+# Images of one sky share a band by the thousand; each is compared with so many of its neighbours in sorted order.
 _NEIGHBOURS = 1000
 
 _ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 
 
 class DuplicatePair(NamedTuple):
-    """Two pictures by their places, the earlier one first."""
+    """Two images by their places, the earlier one first."""
 
     first: int
     second: int
 
 
-def pixel_digest(picture: Image.Image) -> bytes:
-    """Digest of an RGB picture's pixels and size: 16 bytes."""
-    digest = hashlib.blake2b(repr(picture.size).encode(), digest_size=PIXEL_DIGEST_BYTES)
-    digest.update(picture.tobytes())
+def pixel_digest(image: Image.Image) -> bytes:
+    """Digest of an RGB image's pixels and size: 16 bytes."""
+    digest = hashlib.blake2b(repr(image.size).encode(), digest_size=PIXEL_DIGEST_BYTES)
+    digest.update(image.tobytes())
     return digest.digest()
 
 
-def thumbnail(picture: Image.Image) -> np.ndarray:
-    """A picture in grey, very small: (9, 9) uint8."""
-    small = picture.convert("L").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
+def thumbnail(image: Image.Image) -> np.ndarray:
+    """An image in grey, very small: (9, 9) uint8."""
+    small = image.convert("L").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.uint8)
 
 
 def exact_duplicates(digests: np.ndarray) -> list[DuplicatePair]:
-    """Each picture that came before, with the first of its kind.
+    """Each image that came before, with the first of its kind.
 
     Args:
         digests: (n, 16) uint8, see [`pixel_digest`].
@@ -67,9 +67,9 @@ def exact_duplicates(digests: np.ndarray) -> list[DuplicatePair]:
 
 
 def near_duplicates(thumbnails: np.ndarray) -> list[DuplicatePair]:
-    """Each picture that nearly came before, with the earliest that is nearly the same.
+    """Each image that nearly came before, with the earliest that is nearly the same.
 
-    Pictures of one colour are like each other and like nothing: they are left out.
+    Images of one colour are like each other and like nothing: they are left out.
 
     Args:
         thumbnails: (n, 9, 9) uint8, see [`thumbnail`].

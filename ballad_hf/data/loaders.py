@@ -1,4 +1,4 @@
-"""A split and a sampler become batches: the same ones for any number of workers and processes, and after a resume."""
+"""Batches from a dataset and a sampler: the same for any number of workers and processes, and after a resume."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from accelerate import skip_first_batches
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
-from .samplers import SeededDraws
-from .splits import ImageSplit
+from .image_dataset import ImageDataset
+from .samplers import SeededSampler
 
 
 def train_loader(
-    split: ImageSplit,
+    dataset: ImageDataset,
     sampler: Sampler[int] | Iterable[int],
     batch_size: int,
     *,
@@ -25,10 +25,10 @@ def train_loader(
     """Batches for training, for `accelerator.prepare` or for a plain loop.
 
     Args:
-        split: the pictures, with a transform.
+        dataset: images with a transform.
         sampler: gives the rows of an epoch; `set_epoch` reaches it, through accelerate too.
-        batch_size: pictures a batch, on each process.
-        num_workers: processes that read pictures, for each training process.
+        batch_size: images a batch, on each process.
+        num_workers: processes that read images, for each training process.
         seed: of the augmentation.
         drop_last: leave out a last batch that is not full.
 
@@ -36,33 +36,34 @@ def train_loader(
         A loader of `{"pixel_values": (batch, 3, H, W) float32, "labels": (batch,) int64, "index": (batch,) int64}`.
 
     Raises:
-        ValueError: a split without a transform, a batch larger than an epoch, a negative number of workers.
+        ValueError: a dataset without a transform, a batch larger than an epoch, a negative number of workers.
 
     Example:
 
-    >>> from ballad_hf import ClassAwareSampler, load_splits
+    >>> from ballad_hf import ClassAwareSampler, as_image_dataset, load_image_dataset
     >>> from ballad_hf.data.loaders import train_loader
     >>> from ballad_hf.data.transforms import train_transform
     >>> from ballad_hf.models.tiny_clip import build_tiny_clip
-    >>> train = load_splits("digits").train.with_transform(train_transform(build_tiny_clip().image_processor))
+    >>> train = as_image_dataset(load_image_dataset("digits")["train"])
+    >>> train = train.with_transform(train_transform(build_tiny_clip().image_processor))
     >>> batch = next(iter(train_loader(train, ClassAwareSampler(train.labels, 2), batch_size=8)))
     >>> batch["pixel_values"].shape, batch["labels"].shape
     (torch.Size([8, 3, 32, 32]), torch.Size([8]))
     """
     rows = len(sampler)  # type: ignore[arg-type]
     if batch_size < 1 or (drop_last and batch_size > rows):
-        raise ValueError(f"batch_size is {batch_size}, but an epoch has {rows} pictures: choose 1 to {rows}.")
+        raise ValueError(f"batch_size is {batch_size}, but an epoch has {rows} images: choose 1 to {rows}.")
     # As `sampler`, not as `batch_sampler`: over several processes accelerate passes set_epoch on to the former only.
-    return _loader(split, SeededDraws(sampler, seed), batch_size, num_workers, drop_last)
+    return _loader(dataset, SeededSampler(sampler, seed), batch_size, num_workers, drop_last)
 
 
-def evaluation_loader(split: ImageSplit, batch_size: int, *, num_workers: int = 0) -> DataLoader:
-    """Batches of a whole split: every row once, in order, with its index, so that results can be written by row.
+def evaluation_loader(dataset: ImageDataset, batch_size: int, *, num_workers: int = 0) -> DataLoader:
+    """Batches of a whole dataset: every row once, in order, with its index, so that results can be written by row.
 
     Args:
-        split: the pictures, with a transform.
-        batch_size: pictures a batch; the last may be smaller.
-        num_workers: processes that read pictures.
+        dataset: images with a transform.
+        batch_size: images a batch; the last may be smaller.
+        num_workers: processes that read images.
 
     Returns:
         A loader of the batches that [`train_loader`] describes. Prepared for several processes, accelerate repeats
@@ -70,7 +71,7 @@ def evaluation_loader(split: ImageSplit, batch_size: int, *, num_workers: int = 
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: give 1 or more.")
-    return _loader(split, SequentialSampler(split), batch_size, num_workers, drop_last=False)
+    return _loader(dataset, SequentialSampler(dataset), batch_size, num_workers, drop_last=False)
 
 
 def epoch_batches(loader: DataLoader, epoch: int, batches_done: int = 0) -> Iterator[dict[str, torch.Tensor]]:
@@ -80,7 +81,7 @@ def epoch_batches(loader: DataLoader, epoch: int, batches_done: int = 0) -> Iter
         loader: of [`train_loader`], prepared by accelerate or not.
         epoch: from 0.
         batches_done: batches of this epoch that this process has had already. They are passed over without their
-            pictures being read.
+            images being read.
 
     Returns:
         An iterator of the remaining batches.
@@ -90,14 +91,14 @@ def epoch_batches(loader: DataLoader, epoch: int, batches_done: int = 0) -> Iter
 
     Example:
 
-    >>> from ballad_hf import load_splits
+    >>> from ballad_hf import as_image_dataset, load_image_dataset
     >>> from ballad_hf.data.loaders import epoch_batches, train_loader
     >>> from ballad_hf.data.samplers import InstanceSampler
     >>> from ballad_hf.data.transforms import evaluation_transform
     >>> from ballad_hf.models.tiny_clip import build_tiny_clip
     >>> transform = evaluation_transform(build_tiny_clip().image_processor)
-    >>> split = load_splits("digits").validation.with_transform(transform)
-    >>> loader = train_loader(split, InstanceSampler(split.labels), batch_size=50)
+    >>> images = as_image_dataset(load_image_dataset("digits")["validation"]).with_transform(transform)
+    >>> loader = train_loader(images, InstanceSampler(images.labels), batch_size=50)
     >>> whole = [batch["index"].tolist() for batch in epoch_batches(loader, epoch=3)]
     >>> [batch["index"].tolist() for batch in epoch_batches(loader, epoch=3, batches_done=2)] == whole[2:]
     True
@@ -116,21 +117,21 @@ def _set_epoch(loader: Any, epoch: int) -> None:
         loader.sampler.set_epoch(epoch)
 
 
-def _loader(split: ImageSplit, sampler: Sampler, batch_size: int, num_workers: int, drop_last: bool) -> DataLoader:
-    if split.transform is None:
+def _loader(dataset: ImageDataset, sampler: Sampler, batch_size: int, num_workers: int, drop_last: bool) -> DataLoader:
+    if dataset.transform is None:
         raise ValueError(
-            "The split has no transform, so its pictures can't be batched: call split.with_transform(...)."
+            "The dataset has no transform, so its images can't be batched: call dataset.with_transform(...)."
         )
     if num_workers < 0:
         raise ValueError(f"num_workers is {num_workers}: give 0 (read in this process) or more.")
     return DataLoader(
-        split,
+        dataset,
         batch_size=batch_size,
         sampler=sampler,
         drop_last=drop_last,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
-        # Worker seeds come from here, not from the global state, though pictures depend on their draws alone.
+        # Worker seeds come from here, not from the global state, though images depend on their sample indices alone.
         generator=torch.Generator().manual_seed(0),
     )

@@ -1,4 +1,4 @@
-"""Which picture comes next: class-aware sampling and its relatives.
+"""Which image comes next: class-aware sampling and its relatives.
 
 Each sampler's order is a pure function of (labels, seed, epoch, position). Every process computes the same global
 order and takes its own batches from it; nothing is kept between rows, so an interrupted epoch goes on exactly where it
@@ -15,8 +15,8 @@ import numpy as np
 from torch.utils.data import Sampler
 from transformers.utils import logging
 
-from .class_index import ClassIndex, checked_labels
 from .keyed_random import mix, permute, uniform
+from .long_tail import ClassIndex, checked_labels
 
 
 logger = logging.get_logger(__name__)
@@ -28,12 +28,12 @@ _BLOCK = 1 << 16
 _CLASS_ORDER, _WITHIN_CLASS, _ROW_ORDER, _OFFSET, _AUGMENTATION = range(5)
 
 
-class Draw(NamedTuple):
-    """One picture as a training loader asks for it.
+class SampleIndex(NamedTuple):
+    """One image as a training loader asks for it.
 
     Args:
         index: the row.
-        seed: of the picture's augmentation.
+        seed: of the image's augmentation.
         epoch: for transforms that change as training goes on.
     """
 
@@ -153,15 +153,15 @@ class InstanceSampler(EpochSampler):
 
 
 class ClassAwareSampler(EpochSampler):
-    """Every class equally often: a class is drawn, then `samples_per_class` of its pictures (Shen et al., 2016).
+    """Every class equally often: a class is drawn, then `samples_per_class` of its images (Shen et al., 2016).
 
-    All classes are drawn once a cycle, in an order that is new in each cycle. The pictures of a class come in a random
+    All classes are drawn once a cycle, in an order that is new in each cycle. The images of a class come in a random
     order without repetition until all were used, then in a new order; this goes on across epochs, so that a head class
-    with more pictures than an epoch has room for shows its other pictures in the next.
+    with more images than an epoch has room for shows its other images in the next.
 
     Args:
         labels: (n,) integer labels, of any range, with gaps or not.
-        samples_per_class: pictures of a class that follow each other; the paper uses 4.
+        samples_per_class: images of a class that follow each other; the paper uses 4.
         length: rows an epoch; default: as many as there are labels.
         multiple_of: the length is rounded down to a multiple of this, such as the global batch.
         seed: of every choice.
@@ -201,12 +201,12 @@ class ClassAwareSampler(EpochSampler):
         k, largest = self.samples_per_class, int(self._index.counts.max())
         if not 1 <= k <= largest:
             raise ValueError(
-                f"samples_per_class is {k}, but the largest class has {largest} pictures: choose 1 to {largest}."
+                f"samples_per_class is {k}, but the largest class has {largest} images: choose 1 to {largest}."
             )
         short = self._index.classes[self._index.counts < k]
         if len(short):
             logger.warning(
-                f"{len(short)} classes have fewer than samples_per_class={k} pictures, such as class {short[0]}: a "
+                f"{len(short)} classes have fewer than samples_per_class={k} images, such as class {short[0]}: a "
                 f"draw repeats some of them. With samples_per_class={int(self._index.counts.min())} none would."
             )
 
@@ -224,8 +224,8 @@ class ClassAwareSampler(EpochSampler):
 class ClassWeightSampler(EpochSampler):
     """Classes in given shares, by systematic sampling (Madow, 1949): each class has its share of the epoch, rounded.
 
-    Independent draws would give a tail class zero pictures in one epoch and twice its share in the next; here it has
-    its share up or down to the next whole number, at positions that are shuffled over the whole epoch. The pictures of
+    Independent draws would give a tail class zero images in one epoch and twice its share in the next; here it has
+    its share up or down to the next whole number, at positions that are shuffled over the whole epoch. The images of
     a class come without repetition until all were used.
 
     Args:
@@ -426,10 +426,10 @@ def build_sampler(
     raise ValueError(f"There is no sampler {name!r}: choose 'instance', 'class_aware', 'power' or 'progressive'.")
 
 
-class SeededDraws(Sampler[Draw]):
+class SeededSampler(Sampler[SampleIndex]):
     """A sampler's rows, each with the seed of its augmentation: a pure function of (seed, epoch, position).
 
-    So a picture looks the same whichever worker or process prepares it, before and after a resume.
+    So an image looks the same whichever worker or process prepares it, before and after a resume.
 
     Args:
         sampler: gives row numbers; `set_epoch` and the length are its own.
@@ -437,8 +437,8 @@ class SeededDraws(Sampler[Draw]):
 
     Example:
 
-    >>> from ballad_hf.data.samplers import InstanceSampler, SeededDraws
-    >>> draws = SeededDraws(InstanceSampler([0, 1]), seed=1)
+    >>> from ballad_hf.data.samplers import InstanceSampler, SeededSampler
+    >>> draws = SeededSampler(InstanceSampler([0, 1]), seed=1)
     >>> sorted(draw.index for draw in draws), list(draws) == list(draws)
     ([0, 1], True)
     """
@@ -457,10 +457,10 @@ class SeededDraws(Sampler[Draw]):
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[SampleIndex]:
         epoch = self.epoch
         for row, seed in zip(self.sampler, self._seeds(epoch), strict=False):
-            yield Draw(int(row), seed, epoch)
+            yield SampleIndex(int(row), seed, epoch)
 
     def _seeds(self, epoch: int) -> Iterator[int]:
         for begin in itertools.count(step=_BLOCK):

@@ -1,7 +1,7 @@
-"""Pictures become pixel values, with the numbers of the image processor that belongs to the checkpoint.
+"""Images become pixel values, with the numbers of the image processor that belongs to the checkpoint.
 
 Every transform is a frozen dataclass of plain values, so that a cache can tell one from another, and a function
-`transform(picture, rng)`: what it draws comes from the generator it is given, never from a global state. Each
+`transform(image, rng)`: what it draws comes from the generator it is given, never from a global state. Each
 resizes once; the training transform crops in the same step, so that only the pixels that are kept are computed.
 """
 
@@ -22,7 +22,7 @@ _ASPECT_RATIOS = (3 / 4, 4 / 3)
 _LOG_ASPECT_RATIOS = (math.log(3 / 4), math.log(4 / 3))
 _ATTEMPTS = 10
 
-# A crop is taken from a picture with at least so many times the pixels a side that are wanted of it: what a JPEG
+# A crop is taken from an image with at least so many times the pixels a side that are wanted of it: what a JPEG
 # decoder leaves out before that, the resize would have averaged away.
 _REDUCING_GAP = 2.0
 
@@ -35,7 +35,7 @@ class PixelFormat:
 
     Args:
         height, width: of the pixels, in pixels.
-        resize: what pictures are resized to before the centre is cut out: their shorter side to one number, both sides
+        resize: what images are resized to before the centre is cut out: their shorter side to one number, both sides
             to (height, width), or nothing.
         resample: Pillow's number of the filter.
         rescale_factor: multiplies the grey levels first.
@@ -55,7 +55,7 @@ class PixelFormat:
         """Read an image processor of CLIP's kind.
 
         Raises:
-            ValueError: it makes pictures of varying size, or does something that is not known here.
+            ValueError: it makes images of varying size, or does something that is not known here.
         """
         for step in ("do_pad", "do_flip_channel_order", "do_reduce_labels", "do_thumbnail", "do_align_long_axis"):
             if getattr(image_processor, step, None):
@@ -71,7 +71,7 @@ class PixelFormat:
         ):
             raise ValueError(
                 f"The image processor resizes to {resized or 'nothing'} and crops to {cropped or 'nothing'}, so "
-                "pictures differ in size: set crop_size to a height and a width, and size to the same or to a "
+                "images differ in size: set crop_size to a height and a width, and size to the same or to a "
                 "shortest_edge."
             )
         target = cropped if cropped else resized
@@ -91,9 +91,9 @@ class PixelFormat:
             std=_channels(image_processor.image_std) if normalises else (1.0, 1.0, 1.0),
         )
 
-    def tensor(self, picture: Image.Image) -> torch.Tensor:
-        """Pixel values of a picture that has its size already: (3, height, width) float32."""
-        grey_levels = np.asarray(picture)  # (height, width, 3) uint8
+    def tensor(self, image: Image.Image) -> torch.Tensor:
+        """Pixel values of an image that has its size already: (3, height, width) float32."""
+        grey_levels = np.asarray(image)  # (height, width, 3) uint8
         scale = np.array([self.rescale_factor / std for std in self.std], dtype=np.float32)
         shift = np.array([mean / std for mean, std in zip(self.mean, self.std, strict=True)], dtype=np.float32)
         pixel_values = np.empty((3, *grey_levels.shape[:2]), dtype=np.float32)  # (3, height, width)
@@ -108,33 +108,33 @@ class EvaluationTransform:
 
     pixel_format: PixelFormat
 
-    def __call__(self, picture: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
         """Pixel values: (3, height, width) float32. Nothing is drawn from `rng`."""
         kind = self.pixel_format
-        width, height = picture.size
+        width, height = image.size
         resized_height, resized_width = _resized(height, width, kind.resize)
         # Whole, then cut: a box in one step would differ by rounding from the processor's own pixels.
-        resized = picture.resize((resized_width, resized_height), Image.Resampling(kind.resample))
+        resized = image.resize((resized_width, resized_height), Image.Resampling(kind.resample))
         left, top = _start(resized_width, kind.width), _start(resized_height, kind.height)
         return kind.tensor(resized.crop((left, top, left + kind.width, top + kind.height)))
 
 
 @dataclass(frozen=True)
 class FiveCropTransform:
-    """The centre and the four corners of a slightly larger picture, for averaging over views."""
+    """The centre and the four corners of a slightly larger image, for averaging over views."""
 
     pixel_format: PixelFormat
     expand: int
 
-    def __call__(self, picture: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
         """Pixel values: (5, 3, height, width) float32, centre first. Nothing is drawn from `rng`."""
         kind = self.pixel_format
         if isinstance(kind.resize, int):
             target: int | tuple[int, int] = max(kind.height, kind.width) + self.expand
         else:
             target = (kind.height + self.expand, kind.width + self.expand)
-        height, width = _resized(picture.height, picture.width, target)
-        resized = picture.resize((width, height), Image.Resampling(kind.resample))
+        height, width = _resized(image.height, image.width, target)
+        resized = image.resize((width, height), Image.Resampling(kind.resample))
         right, bottom = width - kind.width, height - kind.height
         corners = [(right // 2, bottom // 2), (0, 0), (right, 0), (0, bottom), (right, bottom)]
         crops = [resized.crop((left, top, left + kind.width, top + kind.height)) for left, top in corners]
@@ -188,7 +188,7 @@ class CropSchedule:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """A random crop of the whole picture, a random flip and random colours, then normalised."""
+    """A random crop of the whole image, a random flip and random colours, then normalised."""
 
     pixel_format: PixelFormat
     scale: tuple[float, float]
@@ -198,8 +198,8 @@ class TrainTransform:
     keeps_shape: bool = False  # crops have the shape of the tower's input, as under a crop schedule
 
     @property
-    def enough(self) -> int:
-        """Pixels a side of the whole picture beyond which nothing is gained."""
+    def min_size(self) -> int:
+        """Pixels a side of the whole image beyond which nothing is gained."""
         kind = self.pixel_format
         return math.ceil(_REDUCING_GAP * max(kind.height, kind.width) / math.sqrt(self.scale[0]))
 
@@ -210,23 +210,23 @@ class TrainTransform:
         scale = self.crop_schedule.at_epoch(self.scale, epoch)
         return dataclasses.replace(self, scale=scale, crop_schedule=None)
 
-    def __call__(self, picture: Image.Image, rng: np.random.Generator) -> torch.Tensor:
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
         """Pixel values: (3, height, width) float32, drawn with `rng`."""
         kind = self.pixel_format
         if self.keeps_shape:
-            box = _random_box_of_shape(*picture.size, kind.width, kind.height, self.scale, rng)
+            box = _random_box_of_shape(*image.size, kind.width, kind.height, self.scale, rng)
         else:
-            box = _random_box(*picture.size, self.scale, rng)
-        picture = picture.resize((kind.width, kind.height), Image.Resampling(kind.resample), box=box)
+            box = _random_box(*image.size, self.scale, rng)
+        image = image.resize((kind.width, kind.height), Image.Resampling(kind.resample), box=box)
         if rng.random() < self.horizontal_flip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.color_jitter:
-            picture = _jittered(picture, self.color_jitter, rng)
-        return kind.tensor(picture)
+            image = _jittered(image, self.color_jitter, rng)
+        return kind.tensor(image)
 
 
 def evaluation_transform(image_processor: Any) -> EvaluationTransform:
-    """What the image processor does to a picture, as a transform of a split.
+    """What the image processor does to an image, as a transform of a split.
 
     Args:
         image_processor: of CLIP's kind; its size, crop, filter, mean and standard deviation are taken over.
@@ -256,8 +256,8 @@ def train_transform(
 
     Args:
         image_processor: its size, filter, mean and standard deviation are taken over.
-        scale: smallest and largest share of the picture's area that a crop keeps.
-        horizontal_flip: probability of a mirrored picture; 0 where left and right differ in meaning, as in digits.
+        scale: smallest and largest share of the image's area that a crop keeps.
+        horizontal_flip: probability of a mirrored image; 0 where left and right differ in meaning, as in digits.
         color_jitter: brightness, contrast and saturation are multiplied by factors of 1 - this to 1 + this each, in
             random order; 0 leaves colours alone.
         crop_schedule: lets `scale` narrow to its largest share over the epochs, with crops of the shape of the
@@ -276,8 +276,8 @@ def train_transform(
     >>> from ballad_hf.data.transforms import train_transform
     >>> from ballad_hf.models.tiny_clip import build_tiny_clip
     >>> transform = train_transform(build_tiny_clip().image_processor)
-    >>> picture = Image.linear_gradient("L").convert("RGB")
-    >>> views = [transform(picture, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    >>> image = Image.linear_gradient("L").convert("RGB")
+    >>> views = [transform(image, np.random.default_rng(seed)) for seed in (1, 1, 2)]
     >>> bool((views[0] == views[1]).all()), bool((views[0] == views[2]).all())
     (True, False)
     """
@@ -299,9 +299,9 @@ def train_transform(
 
 
 def five_crop_transform(image_processor: Any, expand: int | None = None) -> FiveCropTransform:
-    """Five views of each picture for test-time ensembling, as LIFT (Shi et al., 2024) evaluates with.
+    """Five views of each image for test-time ensembling, as LIFT (Shi et al., 2024) evaluates with.
 
-    The picture is resized to `expand` pixels more than the tower takes, then cut at the centre and the four corners.
+    The image is resized to `expand` pixels more than the tower takes, then cut at the centre and the four corners.
     `extract_features(..., transform=..., views=5)` keeps a feature of each view; `evaluate` averages their logits.
 
     Args:
@@ -361,14 +361,14 @@ def _resized(height: int, width: int, target: int | tuple[int, int] | None) -> t
 
 
 def _start(resized: int, wanted: int) -> int:
-    """First pixel of the centre along one side; negative where the picture is too small and black surrounds it."""
+    """First pixel of the centre along one side; negative where the image is too small and black surrounds it."""
     return (resized - wanted) // 2 if wanted <= resized else -math.ceil((wanted - resized) / 2)
 
 
 def _random_box(
     width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """A random part of a picture: left, top, right, bottom."""
+    """A random part of an image: left, top, right, bottom."""
     areas = width * height * rng.uniform(*scale, _ATTEMPTS)
     ratios = np.exp(rng.uniform(*_LOG_ASPECT_RATIOS, _ATTEMPTS))
     widths, heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
@@ -404,9 +404,9 @@ def _central_box(width: int, height: int) -> tuple[float, float, float, float]:
     return left, top, left + box_width, top + box_height
 
 
-def _jittered(picture: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+def _jittered(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
     factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, 3)
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for which in rng.permutation(3):
-        picture = enhancers[which](picture).enhance(factors[which])
-    return picture
+        image = enhancers[which](image).enhance(factors[which])
+    return image

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from ..data.splits import check_class_order
+from ..data.image_dataset import check_class_order
 from ..features.scoring import adapted_logits
 from ..features.table import FeatureTable
 from ..models.class_embeddings import evaluation_mode
@@ -23,7 +23,7 @@ from .predictions import ArrayLike, Predictions
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ..data.sources import ImageSplit
+    from ..data.image_dataset import ImageDataset
     from ..models.modeling_ballad import BalladForImageClassification
 
 # A table is scored in batches of about this many logits.
@@ -32,7 +32,7 @@ _LOGITS_PER_BATCH = 1 << 24
 
 def evaluate(
     model_or_table: BalladForImageClassification | FeatureTable,
-    dataset: ImageSplit | None = None,
+    dataset: ImageDataset | None = None,
     processing_class: Any = None,
     *,
     split: str | None = None,
@@ -106,7 +106,7 @@ def evaluate(
 
 def predict(
     model_or_table: BalladForImageClassification | FeatureTable,
-    dataset: ImageSplit | None = None,
+    dataset: ImageDataset | None = None,
     processing_class: Any = None,
     *,
     split: str | None = None,
@@ -166,7 +166,7 @@ def predict(
     return _gathered(shard, len(dataset), accelerator).of_split(dataset.fingerprint(), split)
 
 
-def align_labels(dataset: ImageSplit, class_names: Sequence[str]) -> ImageSplit:
+def align_labels(dataset: ImageDataset, class_names: Sequence[str]) -> ImageDataset:
     """Renumber the labels of a dataset to those of a model, matching classes by name.
 
     Args:
@@ -181,9 +181,9 @@ def align_labels(dataset: ImageSplit, class_names: Sequence[str]) -> ImageSplit:
 
     Example:
 
-    >>> from ballad_hf import load_splits
+    >>> from ballad_hf import as_image_dataset, load_image_dataset
     >>> from ballad_hf.evaluation.evaluate import align_labels
-    >>> digits = load_splits("digits").test
+    >>> digits = as_image_dataset(load_image_dataset("digits")["test"])
     >>> aligned = align_labels(digits, digits.class_names[::-1])
     >>> bool((aligned.labels == 9 - digits.labels).all())
     True
@@ -236,7 +236,7 @@ def _predict_table(
 
 def _predict_shard(
     model: BalladForImageClassification,
-    dataset: ImageSplit,
+    dataset: ImageDataset,
     batch_size: int,
     num_workers: int,
     logit_shift: torch.Tensor | None,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.shots import ShotGroups
+from ..data.long_tail import ShotGroups
 from .predictions import ArrayLike, Predictions
 
 

@@ -17,7 +17,7 @@ from .summary import images_of, names_of, write_csv
 
 
 if TYPE_CHECKING:
-    from ..data.sources import ImageSplit
+    from ..data.image_dataset import ImageDataset
 
 _MOST_CLASSES = 20
 _MOST_MISTAKES = 24
@@ -135,7 +135,7 @@ def worst_mistakes(predictions: Predictions, most: int = _MOST_MISTAKES) -> np.n
 
 
 def mistake_rows(
-    predictions: Predictions, dataset: ImageSplit, class_names: Sequence[str] | None, positions: np.ndarray
+    predictions: Predictions, dataset: ImageDataset, class_names: Sequence[str] | None, positions: np.ndarray
 ) -> list[Mistake]:
     """File name, classes and confidence of the mistakes at these positions."""
     names = names_of(class_names, predictions.num_classes)
@@ -151,7 +151,7 @@ def mistake_rows(
 
 
 def write_mistakes_csv(
-    file: str | Path, predictions: Predictions, dataset: ImageSplit, class_names: Sequence[str] | None = None
+    file: str | Path, predictions: Predictions, dataset: ImageDataset, class_names: Sequence[str] | None = None
 ) -> Path:
     """Write every mistake with its file name, the most confident first; by convention `mistakes.csv`.
 
@@ -177,7 +177,7 @@ def image_name(dataset: Any, row: int) -> str:
 
 def plot_mistakes(
     predictions: Predictions,
-    dataset: ImageSplit,
+    dataset: ImageDataset,
     class_names: Sequence[str] | None = None,
     most: int = _MOST_MISTAKES,
 ) -> Figure:

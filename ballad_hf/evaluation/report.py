@@ -48,7 +48,7 @@ from .summary import (
 
 
 if TYPE_CHECKING:
-    from ..data.sources import ImageSplit
+    from ..data.image_dataset import ImageDataset
 
 METRICS_FILE, CLASSES_FILE, MISTAKES_FILE, REPORT_FILE = "metrics.json", "per_class.csv", "mistakes.csv", "report.html"
 PREDICTIONS_FOLDER, PLOTS_FOLDER = "predictions", "plots"
@@ -103,7 +103,7 @@ def write_results(
     predictions: Mapping[str, Predictions],
     *,
     title: str,
-    dataset: ImageSplit | None = None,
+    dataset: ImageDataset | None = None,
     histories: Histories | None = None,
     arguments: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -210,7 +210,7 @@ def save_plots(
     results: Mapping[str, LongTailMetrics],
     predictions: Mapping[str, Predictions],
     *,
-    dataset: ImageSplit | None = None,
+    dataset: ImageDataset | None = None,
     histories: Histories | None = None,
 ) -> list[Path]:
     """Save every plot that the results allow, each as PNG and SVG.
@@ -270,7 +270,7 @@ def write_report(
     predictions: Mapping[str, Predictions] | None = None,
     *,
     title: str,
-    dataset: ImageSplit | None = None,
+    dataset: ImageDataset | None = None,
     plots: Iterable[str | Path] = (),
     arguments: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -409,7 +409,7 @@ def _confusions(kept: Predictions | None, metrics: LongTailMetrics) -> list[tupl
     ]
 
 
-def _mistakes(kept: Predictions | None, metrics: LongTailMetrics, dataset: ImageSplit | None) -> list[Mistake]:
+def _mistakes(kept: Predictions | None, metrics: LongTailMetrics, dataset: ImageDataset | None) -> list[Mistake]:
     if kept is None or dataset is None:
         return []
     return mistake_rows(kept, dataset, metrics.class_names, worst_mistakes(kept))

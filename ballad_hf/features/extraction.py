@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data.keyed_random import mix
-from ..data.splits import check_class_order
+from ..data.image_dataset import check_class_order
 from ..models.class_embeddings import evaluation_mode
 from . import shards as disk
 from .cache import FeatureCache
@@ -30,7 +30,7 @@ from .table import FeatureTable
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ..data.sources import ImageSplit
+    from ..data.image_dataset import ImageDataset
     from ..models.modeling_ballad import BalladForImageClassification
 
 
@@ -42,7 +42,7 @@ _EXTRACTION_VERSION = 2
 
 def extract_features(
     model: BalladForImageClassification,
-    split: ImageSplit,
+    split: ImageDataset,
     *,
     image_processor: Any = None,
     transform: Any = None,
@@ -84,12 +84,12 @@ def extract_features(
 
     Example:
 
-    >>> from ballad_hf import BalladForImageClassification, extract_features, load_splits
+    >>> from ballad_hf import BalladForImageClassification, as_image_dataset, extract_features, load_image_dataset
     >>> from ballad_hf.models.tiny_clip import build_tiny_clip
     >>> clip, tokenizer, image_processor = build_tiny_clip(layers=1)
-    >>> splits = load_splits("digits")
-    >>> model = BalladForImageClassification.from_dual_encoder(clip, splits.class_names, tokenizer)
-    >>> extract_features(model, splits.validation.select([0, 1, 2]), image_processor=image_processor)
+    >>> images = as_image_dataset(load_image_dataset("digits")["validation"])
+    >>> model = BalladForImageClassification.from_dual_encoder(clip, images.class_names, tokenizer)
+    >>> extract_features(model, images.select([0, 1, 2]), image_processor=image_processor)
     FeatureTable(rows=3, views=1, dim=32, classes=10, dtype=float32)
     """
     if views < 1:
@@ -302,10 +302,10 @@ class _Draws(Dataset):
         return len(self.rows) * self.views
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        from ..data.samplers import Draw
+        from ..data.samplers import SampleIndex
 
         row, view = int(self.rows[position // self.views]), position % self.views
-        item = self.split[Draw(row, int(view_seeds(np.array([row]), view, self.seed)[0]))]
+        item = self.split[SampleIndex(row, int(view_seeds(np.array([row]), view, self.seed)[0]))]
         if item["index"] != row:
             raise RuntimeError(f"The split gave picture {item['index']} where picture {row} was asked for.")
         return {"pixel_values": item["pixel_values"], "index": row}

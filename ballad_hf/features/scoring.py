@@ -74,7 +74,7 @@ class GroupAccuracies:
             support: (classes,) rows.
             class_counts: (classes,) training pictures, which make the shot groups.
         """
-        from ..data.shots import ShotGroups
+        from ..data.long_tail import ShotGroups
 
         correct, support = correct.double().cpu(), support.double().cpu()
         by_class = correct / support  # (adapters, classes); 0 / 0 is NaN

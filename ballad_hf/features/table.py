@@ -14,7 +14,7 @@ from . import shards as disk
 
 
 if TYPE_CHECKING:
-    from ..data.shots import ShotGroups
+    from ..data.long_tail import ShotGroups
 
 _ROWS_A_CHECK = 65536
 
@@ -120,7 +120,7 @@ class FeatureTable:
     @property
     def shot_groups(self) -> ShotGroups:
         """The many-, medium- and few-shot classes by `class_counts`."""
-        from ..data.shots import ShotGroups
+        from ..data.long_tail import ShotGroups
 
         return ShotGroups.from_counts(self.class_counts.numpy())
 

@@ -20,7 +20,7 @@ from .model_directory import LAYOUT, installed_versions
 
 
 if TYPE_CHECKING:
-    from ..data.sources import ImageSplit
+    from ..data.image_dataset import ImageDataset
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 HEADLINES = {
@@ -52,7 +52,7 @@ def render_model_card(
     *,
     dataset_name: str,
     arguments: Mapping[str, Any],
-    datasets: Mapping[str, ImageSplit] | None = None,
+    datasets: Mapping[str, ImageDataset] | None = None,
     seeds: int | Sequence[int],
     model_id: str | None = None,
     base_model: str | None = None,
@@ -344,7 +344,7 @@ def _shown_plots(plots: Iterable[str | Path]) -> list[str]:
     ]
 
 
-def _datasets_table(datasets: Mapping[str, ImageSplit] | None) -> str | None:
+def _datasets_table(datasets: Mapping[str, ImageDataset] | None) -> str | None:
     if not datasets:
         return None
     rows = [[_escaped(split), str(len(data)), f"`{data.fingerprint()}`"] for split, data in datasets.items()]

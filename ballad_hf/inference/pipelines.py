@@ -19,7 +19,7 @@ from transformers import Pipeline
 from transformers.image_utils import load_image
 from transformers.utils import logging
 
-from ..data.images import UnreadablePictureError, open_picture
+from ..data.images import UnreadableImageError, open_image
 from ..models.class_embeddings import check_class_names, encode_class_prompts, text_tower_state
 from ..models.configuration_ballad import check_templates
 from ..models.modeling_ballad import check_finite_logits
@@ -128,7 +128,7 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
     def preprocess(self, inputs, on_unreadable="raise", timeout=None):
         try:
             image, readable = _read_image(inputs, timeout), True
-        except UnreadablePictureError as error:
+        except UnreadableImageError as error:
             if on_unreadable != "skip":
                 raise
             logger.warning(f"Skipped an image: {error}")
@@ -238,11 +238,11 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
 def _read_image(source: Any, timeout: float | None) -> Image.Image:
     """An upright RGB image from anywhere; local files and PIL images are read as in training."""
     if not isinstance(source, str) or os.path.isfile(source):
-        return open_picture(source)
+        return open_image(source)
     if not source.startswith(("http://", "https://", "data:")) and not _BASE64.fullmatch(source):
-        return open_picture(source)  # a path that leads nowhere
+        return open_image(source)  # a path that leads nowhere
     try:
         return load_image(source, timeout=timeout)
     # What comes from the web or as base64 text fails in many ways.
     except Exception as error:
-        raise UnreadablePictureError(f"{source[:100]} can't be read: {error}") from error
+        raise UnreadableImageError(f"{source[:100]} can't be read: {error}") from error

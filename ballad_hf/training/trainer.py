@@ -152,12 +152,12 @@ class BalladTrainer:
             )
             if args.push_to_hub:
                 check_push(args.repo_id)
-            check_images([train_dataset, *([] if self.eval_dataset is None else [self.eval_dataset])])
+            check_images(self._splits())
         self.accelerator.wait_for_everyone()
         check_before_training(
             self.model.clip,
             train_dataset,
-            self.processing_class,
+            self.processing_class.image_processor,
             batch_size=args.phase_a.batch_size if args.phase_a.epochs else None,
         )
         self._is_prepared = True
@@ -376,11 +376,10 @@ class BalladTrainer:
             results: metrics by stage on the same images; the last is what the card reports.
             details: of [`render_model_card`].
         """
-        splits = {"train": self.train_dataset, "validation": self.eval_dataset}
         options: dict[str, Any] = {
             "dataset_name": str(self.run_arguments.get("dataset", "images")),
             "arguments": self.run_arguments,
-            "datasets": {name: split for name, split in splits.items() if split is not None},
+            "datasets": self._splits(),
             "seeds": self.args.seed,
         }
         return render_model_card(self.model, results, **options | details)
@@ -405,6 +404,10 @@ class BalladTrainer:
         if self.train_dataset is None:
             raise ValueError("There is nothing to train on: give the trainer a train_dataset.")
         return self.train_dataset
+
+    def _splits(self) -> dict[str, ImageDataset]:
+        splits = {"train": self.train_dataset, "validation": self.eval_dataset}
+        return {name: split for name, split in splits.items() if split is not None}
 
     def _metrics(self, predictions: Predictions) -> LongTailMetrics:
         config = self.model.config

@@ -19,7 +19,7 @@ from .towers import ClassTexts, class_embeddings
 
 
 if TYPE_CHECKING:
-    from ..data.splits import ImageSplit
+    from ..data.image_dataset import ImageDataset
 
 # What of a validation is kept in the history of a run.
 METRIC_NAMES = (
@@ -53,7 +53,7 @@ class Validator:
 
     def __init__(
         self,
-        split: ImageSplit,
+        split: ImageDataset,
         texts: ClassTexts | None,
         class_counts: np.ndarray,
         accelerator: Accelerator,
