@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import pipeline
 
-from ballad_hf.command_errors import errors_in_one_line
+from ballad_hf.commands.errors import errors_in_one_line
 from ballad_hf.data.images import open_image
 from ballad_hf.inference import TASK
 

@@ -1,4 +1,4 @@
-"""Train a BALLAD model: continued pretraining of a CLIP on long-tailed images, then a linear adapter on balanced samples.
+"""Train a BALLAD model: continued pretraining of a CLIP on long-tailed images, then an adapter on balanced samples.
 
     accelerate launch examples/train_ballad.py
     accelerate launch examples/train_ballad.py path/to/images --output_dir outputs/mine

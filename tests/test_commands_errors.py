@@ -9,7 +9,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from ballad_hf import make_long_tailed
-from ballad_hf.command_errors import errors_in_one_line
+from ballad_hf.commands.errors import errors_in_one_line
 from ballad_hf.data.images import open_image
 
 

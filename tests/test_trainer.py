@@ -10,8 +10,8 @@ from PIL import Image as PILImage
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ballad_hf import BalladForImageClassification, BalladTrainer, BalladTrainingArguments, FeatureTable
-from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.evaluation.predictions import Predictions
+from ballad_hf.models.tiny_clip import build_tiny_clip
 
 
 NAMES = ["red", "green", "blue"]
@@ -76,7 +76,8 @@ def test_both_phases_train_and_the_history_is_logged(trainer, model):
     assert trainer.state.global_step == output.phase_a.steps + output.phase_b.steps
     validations = [entry for entry in trainer.log_history if "eval_mean_class" in entry]
     assert len(validations) == len(output.phase_a.history) + len(output.phase_b.history)
-    assert not torch.equal(before["clip.visual_projection.weight"], model.state_dict()["clip.visual_projection.weight"])
+    name = "clip.visual_projection.weight"
+    assert not torch.equal(before[name], model.state_dict()[name])
 
 
 def test_the_phases_in_turn_are_the_same_as_train(encoder, train_dataset, eval_dataset, tmp_path):
@@ -146,7 +147,8 @@ def test_any_map_style_dataset_and_string_labels_will_do(encoder, eval_dataset, 
     )
     for number, dataset in enumerate((Pairs(), texts.rename_column("kind", "label"))):
         model = BalladForImageClassification.from_dual_encoder(encoder.clip, NAMES, encoder.tokenizer)
-        trainer = BalladTrainer(model, arguments(tmp_path / str(number), phase_a={"epochs": 0}), dataset, None, encoder)
+        args = arguments(tmp_path / str(number), phase_a={"epochs": 0})
+        trainer = BalladTrainer(model, args, dataset, None, encoder)
         assert sorted(trainer.train_dataset.class_counts.tolist()) == [3, 4, 6]
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..command_errors import errors_in_one_line
+from ..commands.errors import errors_in_one_line
 from .class_names import UnusableNamesError
 from .duplicates import (
     PIXEL_DIGEST_BYTES,

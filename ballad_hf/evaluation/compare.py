@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from scipy.stats import binomtest
 
-from ..command_errors import errors_in_one_line
+from ..commands.errors import errors_in_one_line
 from ..files import explain_full_disk, write_text
 from .intervals import Interval, confidence_intervals
 from .metrics import GROUPS, LongTailMetrics

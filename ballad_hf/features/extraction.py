@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data.keyed_random import mix
 from ..data.image_dataset import check_class_order
+from ..data.keyed_random import mix
 from ..models.class_embeddings import evaluation_mode
 from . import shards as disk
 from .cache import FeatureCache

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
-from ..command_errors import errors_in_one_line
+from ..commands.errors import errors_in_one_line
 from ..data.sources import load_splits
 from ..data.transforms import five_crop_transform, train_transform
 from ..evaluation.evaluate import align_labels, evaluate
