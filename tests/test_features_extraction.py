@@ -14,10 +14,9 @@ from tqdm.auto import tqdm
 
 from ballad_hf import BalladForImageClassification, evaluate, extract_features
 from ballad_hf.data.transforms import evaluation_transform, five_crop_transform, train_transform
-from ballad_hf.features import extraction
-from ballad_hf.features import shards as disk
-from ballad_hf.features.cache import FeatureCache
+from ballad_hf.features import extraction, shards
 from ballad_hf.features.extraction import view_seeds
+from ballad_hf.features.shards import HEAD, StoredTable
 from ballad_hf.models.tiny_clip import build_tiny_clip
 
 from .conftest import load_splits
@@ -55,8 +54,22 @@ def no_tower(model, monkeypatch):
     return forbid
 
 
-def small_shards(monkeypatch, rows=8):
-    monkeypatch.setattr(disk, "_FEWEST_ROWS", rows)
+def small_shards(monkeypatch, vectors=8):
+    monkeypatch.setattr(shards, "_MIN_VECTORS", vectors)
+
+
+def entries_of(folder: Path, complete: bool = True) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir() and (path.suffix != ".partial") == complete]
+
+
+def record_writes(monkeypatch) -> list[str]:
+    """Names of the files that are written from now on."""
+    written = []
+    write = StoredTable._write
+    monkeypatch.setattr(
+        StoredTable, "_write", lambda self, name, tensors: (written.append(name), write(self, name, tensors))
+    )
+    return written
 
 
 def test_rows_are_the_towers_features_before_the_adapter(model, tiny_clip, few):
@@ -117,6 +130,29 @@ def test_a_view_is_the_transform_with_its_own_seed(model, tiny_clip, few):
     torch.testing.assert_close(table.features[5, 1], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_images_may_get_numbers_of_views_of_their_own(model, tiny_clip, few, monkeypatch, tmp_path):
+    common = {"image_processor": tiny_clip.image_processor, "seed": 9, "batch_size": 7}
+    equal = extract_features(model, few, views=4, **common)
+    views = np.array([4, 0, 1, 2] * 5)
+    table = extract_features(model, few, views=views, **common)
+    assert table.views_per_row.tolist() == views.tolist()
+    for row, count in enumerate(views):  # view v of image i is the same, whatever the others get
+        taken = table.take(torch.full((count,), row), torch.arange(count))
+        torch.testing.assert_close(taken, equal.features[row, :count], rtol=1e-5, atol=1e-5)
+    small_shards(monkeypatch)  # 35 vectors in five shards: views of an image lie in two of them
+    mapped = extract_features(model, few, views=views, cache_dir=tmp_path, **common)
+    assert len(mapped.shards) == 5
+    torch.testing.assert_close(mapped.features, table.features, rtol=1e-5, atol=1e-5)
+    extract_features(model, few, views=views[::-1].copy(), cache_dir=tmp_path, **common)
+    assert len(entries_of(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("views", [0, -1, 1.5, True, [1] * 19, [0] * 20, [1.0] * 20])
+def test_bad_numbers_of_views_are_refused(model, tiny_clip, few, views):
+    with pytest.raises(ValueError, match="views is .*: give 1 .the plain image. or more"):
+        extract_features(model, few, image_processor=tiny_clip.image_processor, views=views)
+
+
 def test_seeds_of_views_differ_by_row_view_and_seed():
     seeds = [view_seeds(np.arange(1000), view, seed) for view in range(3) for seed in range(2)]
     assert len(np.unique(np.concatenate(seeds))) == 6000
@@ -146,7 +182,7 @@ def test_nothing_stale_is_served(model, tiny_clip, few, tmp_path):
     def entries(split=few, **kwargs):
         arguments = {"image_processor": tiny_clip.image_processor, "cache_dir": tmp_path, **kwargs}
         table = extract_features(model, split, **arguments)
-        return table, len(FeatureCache(tmp_path).list())
+        return table, len(entries_of(tmp_path))
 
     first, number = entries()
     assert number == 1
@@ -183,7 +219,7 @@ def test_a_changed_file_is_not_served_stale(model, tiny_clip, tmp_path):
     for file in pictures.rglob("*.png"):
         Image.new("RGB", (32, 32), "red").save(file)
     after = table()
-    assert len(FeatureCache(tmp_path / "cache").list()) == 2
+    assert len(entries_of(tmp_path / "cache")) == 2
     assert not torch.allclose(before.features, after.features)
     assert torch.allclose(after.features, after.features[:1], atol=1e-4)
 
@@ -205,11 +241,9 @@ def test_a_damaged_shard_alone_is_computed_again(model, tiny_clip, few, tmp_path
     content = bytearray(victim.read_bytes())
     content[-3] ^= 255
     victim.write_bytes(content)
-    written = []
-    write = disk.write_tensors
-    monkeypatch.setattr(disk, "write_tensors", lambda *args: (written.append(args[1]), write(*args)))
+    written = record_writes(monkeypatch)
     again = extract_features(model, few, **common)
-    assert written == ["shard-00001.safetensors", disk.HEAD]
+    assert written == ["shard-00001.safetensors", HEAD]
     torch.testing.assert_close(again.features, first, rtol=1e-5, atol=1e-5)
 
 
@@ -218,7 +252,7 @@ def killed_while_extracting(model, split, image_processor, folder, files: int) -
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    write = disk._write_aside
+    write = shards._write_aside
     left = iter(range(files, -1, -1))
 
     def write_then_die(path, content):
@@ -228,7 +262,7 @@ def killed_while_extracting(model, split, image_processor, folder, files: int) -
         write(path, content)
 
     try:
-        disk._write_aside = write_then_die
+        shards._write_aside = write_then_die
         extract_features(model, split, image_processor=image_processor, cache_dir=folder)
     finally:
         os._exit(1)
@@ -239,22 +273,22 @@ def test_a_killed_run_is_taken_up_where_it_stopped(model, tiny_clip, few, tmp_pa
     small_shards(monkeypatch)
     processor = tiny_clip.image_processor
     assert killed_while_extracting(model, few, processor, tmp_path, files) == -signal.SIGKILL
-    cache = FeatureCache(tmp_path)
-    assert [entry.complete for entry in cache.list()] == [False]
+    assert len(entries_of(tmp_path, complete=False)) == 1
+    assert list(tmp_path.rglob("*.tmp"))
 
-    written = []
-    write = disk.write_tensors
-    monkeypatch.setattr(disk, "write_tensors", lambda *args: (written.append(args[1]), write(*args)))
+    written = record_writes(monkeypatch)
     resumed = extract_features(model, few, image_processor=processor, cache_dir=tmp_path)
-    assert written == ([disk.HEAD] if files == 4 else ["shard-00002.safetensors", disk.HEAD])
-    assert [entry.complete for entry in cache.list()] == [True]
+    assert written == ([HEAD] if files == 4 else ["shard-00002.safetensors", HEAD])
+    assert len(entries_of(tmp_path)) == 1
+    assert not entries_of(tmp_path, complete=False)
+    assert not list(tmp_path.rglob("*.tmp"))
     plain = extract_features(model, few, image_processor=processor)
     torch.testing.assert_close(resumed.features, plain.features, rtol=1e-5, atol=1e-5)
 
 
 def _in_two_processes(folder: str) -> None:
     torch.set_num_threads(1)
-    disk._FEWEST_ROWS = 8
+    shards._MIN_VECTORS = 16
     accelerator = Accelerator(cpu=True)
     clip, tokenizer, image_processor = build_tiny_clip(layers=1)
     splits = load_splits("digits")
@@ -263,8 +297,8 @@ def _in_two_processes(folder: str) -> None:
     common = {"image_processor": image_processor, "accelerator": accelerator, "views": 2}
     whole = extract_features(model, part, **common)
     written = []
-    write = disk.write_tensors
-    disk.write_tensors = lambda *args: (written.append(args[1]), write(*args))
+    write = StoredTable._write
+    StoredTable._write = lambda self, name, tensors: (written.append(name), write(self, name, tensors))
     cached = extract_features(model, part, cache_dir=Path(folder, "cache"), **common)
     again = extract_features(model, part, cache_dir=Path(folder, "cache"), **common)
     rank = accelerator.process_index
@@ -283,7 +317,7 @@ def test_two_processes_share_the_work_and_get_the_same_table(tmp_path):
             torch.testing.assert_close(features, alone.features, rtol=1e-5, atol=1e-5)
     written = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert written == [
-        ["shard-00000.safetensors", "shard-00002.safetensors", disk.HEAD],
+        ["shard-00000.safetensors", "shard-00002.safetensors", HEAD],
         ["shard-00001.safetensors", "shard-00003.safetensors"],
     ]
 
@@ -291,34 +325,32 @@ def test_two_processes_share_the_work_and_get_the_same_table(tmp_path):
 def test_no_space_leaves_what_was_there(model, tiny_clip, few, tmp_path, monkeypatch):
     common = {"image_processor": tiny_clip.image_processor, "cache_dir": tmp_path}
     first = extract_features(model, few, **common)
-    write = disk.write_tensors
 
-    def full(folder, name, tensors):
+    def full(self, name, tensors):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(disk, "write_tensors", full)
+    write = StoredTable._write
+    monkeypatch.setattr(StoredTable, "_write", full)
     with pytest.raises(OSError, match=r"No space for features .* are intact"):
         extract_features(model, few, views=2, **common)
-    monkeypatch.setattr(disk, "write_tensors", write)
+    monkeypatch.setattr(StoredTable, "_write", write)
     assert torch.equal(extract_features(model, few, **common).features, first.features)
 
 
 def test_features_that_are_not_finite_name_their_pictures(model, tiny_clip, few):
     with torch.no_grad():
         model.clip.visual_projection.weight[0, 0] = float("inf")
-    with pytest.raises(ValueError, match=r"NaN or infinity for pictures \[0, 1, 2"):
+    with pytest.raises(ValueError, match=r"NaN or infinity for images \[0, 1, 2"):
         extract_features(model, few, image_processor=tiny_clip.image_processor)
 
 
 def test_bad_requests_are_refused(model, tiny_clip, few, tmp_path):
     processor = tiny_clip.image_processor
-    with pytest.raises(ValueError, match="views is 0"):
-        extract_features(model, few, image_processor=processor, views=0)
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         extract_features(model, few.select([]), image_processor=processor)
     with pytest.raises(ValueError, match="float64: choose one of float32"):
         extract_features(model, few, image_processor=processor, dtype=torch.float64)
-    with pytest.raises(ValueError, match="makes 5 views of a picture: give views=5"):
+    with pytest.raises(ValueError, match="makes 5 views of an image: give views=5"):
         extract_features(model, few, transform=five_crop_transform(processor), views=2)
     with pytest.raises(ValueError, match="can't be told from another"):
         extract_features(model, few, transform=lambda picture, rng: torch.zeros(3, 32, 32), cache_dir=tmp_path)

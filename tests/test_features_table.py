@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ballad_hf import FeatureTable
 from ballad_hf.features import shards as disk
+from ballad_hf.features.shards import ShardPlan, StoredTable
 
 
 pytestmark = pytest.mark.numeric
@@ -64,9 +65,61 @@ def test_take_is_the_same_however_the_rows_are_cut(sizes, data):
 def test_batches_go_through_all_rows_in_order():
     whole = table_of(10)
     parts = list(in_parts(whole, [3, 7]).batches(2))
-    assert [len(labels) for _, labels in parts] == [2, 1, 2, 2, 2, 1]
+    assert [len(labels) for _, labels in parts] == [2] * 5
     assert torch.equal(torch.cat([features for features, _ in parts]), whole.features)
     assert torch.equal(torch.cat([labels for _, labels in parts]), whole.labels)
+
+
+def uneven(**kwargs) -> FeatureTable:
+    """Three rows of 2, 1 and 3 views."""
+    return FeatureTable(torch.arange(24.0).view(6, 4), [0, 1, 2], EMBEDS, views_per_row=[2, 1, 3], **kwargs)
+
+
+def test_rows_may_differ_in_views():
+    table = uneven()
+    assert (table.rows, table.views, table.vectors, table.has_equal_views) == (3, 3, 6, False)
+    assert table.views_per_row.tolist() == [2, 1, 3]
+    assert table.take(torch.tensor([2, 0, 2, 1]), torch.tensor([2, 1, 0, 0]))[:, 0].tolist() == [20, 4, 12, 8]
+    assert repr(table) == "FeatureTable(rows=3, views=1 to 3, dim=4, classes=3, dtype=float32)"
+    chosen = table.select([2, 0])
+    assert chosen.views_per_row.tolist() == [3, 2]
+    assert chosen.features[:, 0].tolist() == [12, 16, 20, 0, 4]
+    assert chosen.labels.tolist() == [2, 0]
+    with pytest.raises(ValueError, match="from 1 to 3 views"):
+        next(table.batches())
+
+
+@pytest.mark.parametrize(("row", "view"), [(0, 2), (1, 1), (2, 3), (0, -1), (3, 0), (-1, 0)])
+def test_a_view_of_another_row_is_never_handed_out(row, view):
+    with pytest.raises(IndexError):
+        uneven().take(torch.tensor([row]), torch.tensor([view]))
+
+
+def test_rows_that_differ_in_views_come_back_from_disk(tmp_path):
+    # Four vectors a shard: the views of row 2 lie in both.
+    back = FeatureTable.open(uneven().save(tmp_path / "table", vectors_per_shard=4))
+    assert len(back.shards) == 2
+    assert back.views_per_row.tolist() == [2, 1, 3]
+    assert torch.equal(back.features, uneven().features)
+    assert back.take(torch.tensor([2, 2, 0]), torch.tensor([0, 2, 1]))[:, 0].tolist() == [12, 20, 4]
+
+
+def test_a_row_may_have_no_view():
+    table = FeatureTable(torch.arange(12.0).view(3, 4), [0, 1, 2], EMBEDS, views_per_row=[1, 0, 2])
+    assert table.take(torch.tensor([2, 0]), torch.tensor([0, 0]))[:, 0].tolist() == [4, 0]
+    assert table.select([1, 2]).views_per_row.tolist() == [0, 2]
+    with pytest.raises(IndexError, match="outside those of its row"):
+        table.take(torch.tensor([1]))
+    bad = torch.ones(3, 4)
+    bad[1] = torch.nan
+    with pytest.raises(ValueError, match=r"rows 2\."):
+        FeatureTable(bad, [0, 1, 2], EMBEDS, views_per_row=[1, 0, 2])
+
+
+@pytest.mark.parametrize("views", [[2, 1], [2, -1, 5], [2, 1, 4], [[2, 1, 3]]])
+def test_views_that_do_not_fit_the_features_are_refused(views):
+    with pytest.raises(ValueError, match="number of views of each row, 0 or more"):
+        FeatureTable(torch.ones(6, 4), [0, 1, 2], EMBEDS, views_per_row=views)
 
 
 def test_select_keeps_the_order_asked_for():
@@ -78,7 +131,7 @@ def test_select_keeps_the_order_asked_for():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_comes_back_from_disk_bit_for_bit(tmp_path, dtype):
     table = table_of(dtype=dtype, logit_scale=30, class_names=["a", "b", "c"], provenance={"encoder": "x"})
-    folder = table.save(tmp_path / "table", rows_per_shard=4)
+    folder = table.save(tmp_path / "table", vectors_per_shard=8)
     assert sorted(path.name for path in folder.glob("shard*")) == [f"shard-0000{i}.safetensors" for i in range(3)]
     back = FeatureTable.open(folder)
     assert torch.equal(back.features, table.features)
@@ -105,7 +158,7 @@ def test_an_open_table_takes_no_memory_of_its_own(tmp_path):
 
 
 def test_a_changed_byte_is_found_and_named(tmp_path):
-    folder = table_of().save(tmp_path / "table", rows_per_shard=4)
+    folder = table_of().save(tmp_path / "table", vectors_per_shard=8)
     victim = folder / "shard-00001.safetensors"
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
@@ -116,24 +169,24 @@ def test_a_changed_byte_is_found_and_named(tmp_path):
 
 
 def test_a_missing_shard_is_found_without_checksums(tmp_path):
-    folder = table_of().save(tmp_path / "table", rows_per_shard=4)
+    folder = table_of().save(tmp_path / "table", vectors_per_shard=8)
     (folder / "shard-00002.safetensors").unlink()
     with pytest.raises(disk.DamagedTableError, match="shard-00002"):
         FeatureTable.open(folder, checksums=False)
 
 
-def test_finish_counts_missing_rows(tmp_path):
-    plan = disk.ShardPlan.of(10, 1, 4, torch.float32, rows_per_shard=4)
-    disk.write_tensors(tmp_path, plan.file_name(0), {"features": torch.ones(4, 1, 4)})
-    disk.write_tensors(tmp_path, plan.file_name(2), {"features": torch.ones(3, 1, 4)})  # two rows belong here
-    with pytest.raises(RuntimeError, match="6 of 10 rows are missing"):
-        disk.finish(tmp_path, plan, {})
+def test_finish_names_missing_shards(tmp_path):
+    stored = StoredTable(tmp_path, ShardPlan.of(10, 4, torch.float32, vectors_per_shard=4), {})
+    stored.write_shard(0, torch.ones(4, 4))
+    stored.write_shard(2, torch.ones(3, 4))  # two vectors belong here
+    with pytest.raises(RuntimeError, match="2 of 3 shards are missing .*: shard-00001.safetensors, shard-00002"):
+        stored.finish()
     assert not (tmp_path / disk.MANIFEST).exists()
 
 
 def test_plan_has_at_most_1024_files():
-    assert disk.ShardPlan.of(10_000_000, 1, 1024, torch.float16).shards <= 1024
-    assert disk.ShardPlan.of(5000, 1, 4, torch.float32).shards == 3
+    assert ShardPlan.of(10_000_000, 1024, torch.float16).shards <= 1024
+    assert ShardPlan.of(5000, 4, torch.float32).shards == 3
 
 
 def test_save_keeps_what_is_there(tmp_path):
@@ -143,7 +196,7 @@ def test_save_keeps_what_is_there(tmp_path):
 
 
 def test_open_says_that_nothing_is_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no finished feature table"):
+    with pytest.raises(FileNotFoundError, match="no complete feature table"):
         FeatureTable.open(tmp_path)
 
 

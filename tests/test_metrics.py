@@ -93,6 +93,19 @@ def test_equal_logits_are_one_answer_and_not_several():
     assert metrics.top_5 == 5 / 8
 
 
+def test_equal_logits_keep_top_5_above_the_accuracy():
+    # Six equal maxima: argmax answers class 0, which must then be among the five highest as well.
+    metrics = LongTailMetrics.from_logits([[1.0] * 6 + [0.0]] * 2, [0, 5], [10] * 7)
+    assert (metrics.overall, metrics.top_5) == (0.5, 0.5)
+
+
+def test_a_class_that_is_predicted_and_absent_lowers_macro_f1():
+    # Labels 0, 0, 1 and predictions 0, 2, 1 of four classes: F1 is 2/3, 1 and, of the absent class 2, 0. Class 3
+    # occurs nowhere and does not count.
+    metrics = LongTailMetrics.from_logits(np.eye(4)[[0, 2, 1]], [0, 0, 1], [10] * 4)
+    assert metrics.macro_f1 == pytest.approx((2 / 3 + 1 + 0) / 3)
+
+
 def test_calibration_bins_are_open_below_and_closed_above():
     images, summed, right = calibration_bins(np.array([0.1, 0.2, 0.21, 1.0]), np.array([1, 0, 1, 1]), bins=5)
     assert images.tolist() == [2, 1, 0, 0, 1]
@@ -115,7 +128,7 @@ def test_agrees_with_scikit_learn(seed, classes, images):
     assert metrics.overall == pytest.approx(reference.accuracy_score(labels, predicted))
     recall = reference.recall_score(labels, predicted, average="macro", labels=present, zero_division=0)
     assert metrics.mean_class == pytest.approx(recall)
-    f1 = reference.f1_score(labels, predicted, average="macro", labels=present, zero_division=0)
+    f1 = reference.f1_score(labels, predicted, average="macro", zero_division=0)
     assert metrics.macro_f1 == pytest.approx(f1)
     probabilities = np.exp(logits.astype(np.float64))
     probabilities /= probabilities.sum(1, keepdims=True)

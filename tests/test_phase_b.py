@@ -13,11 +13,19 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ballad_hf import ClassAwareSampler, FeatureTable, load_splits, train_phase_b
-from ballad_hf.data.samplers import ClassWeightSampler, InstanceSampler
+from ballad_hf.data.long_tail import long_tailed_counts
+from ballad_hf.data.samplers import ClassWeightSampler, EpochSampler, InstanceSampler
 from ballad_hf.features.extraction import extract_features
 from ballad_hf.training.arguments import PhaseBArguments
 from ballad_hf.training.losses import NonFiniteLossError
-from ballad_hf.training.phase_b import TableBatches, _occurrence, adapter_start, to_device_if_fits
+from ballad_hf.training.phase_b import (
+    TableBatches,
+    _occurrence,
+    adapter_start,
+    phase_b_sampler,
+    to_device_if_fits,
+    views_per_image,
+)
 
 
 pytestmark = pytest.mark.numeric
@@ -165,7 +173,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_ballad):
 
 def test_a_table_on_disk_trains_to_the_same_bits(tiny_ballad, tmp_path):
     table = table_for(tiny_ballad, views=2)
-    mapped = FeatureTable.open(table.save(tmp_path / "table", rows_per_shard=17))
+    mapped = FeatureTable.open(table.save(tmp_path / "table", vectors_per_shard=17))
     other = copy.deepcopy(tiny_ballad)
     train_phase_b(tiny_ballad, table)
     train_phase_b(other, mapped)
@@ -285,12 +293,72 @@ def test_a_changed_tower_is_noticed(tiny_ballad, tiny_clip):
         ({"momentum": 1.0}, "momentum is 1.0"),
         ({"loss": "hinge"}, "choose one of cross_entropy"),
         ({"views": 0}, "views is 0"),
+        ({"views": "all"}, "views is 'all': give 1 .* or 'balanced'"),
+        ({"views": 1.5}, "views is 1.5"),
+        ({"views": 10, "max_views": 5}, "only with views='balanced'"),
+        ({"views": "balanced", "max_views": 0}, "max_views is 0"),
         ({"sampler_power": -1.0}, "sampler_power is -1"),
     ],
 )
 def test_bad_arguments_are_refused_where_they_are_made(values, message):
     with pytest.raises(ValueError, match=message):
         PhaseBArguments(**values)
+
+
+def shown_views(labels: np.ndarray, arguments: PhaseBArguments, views: int | np.ndarray) -> list[set[float]]:
+    """The views that phase B shows of each row; a view is known by its place in the table."""
+    views_per_row = np.zeros(len(labels), dtype=np.int64) + views
+    numbers = torch.arange(1.0, views_per_row.sum() + 1)[:, None]  # exact in float32
+    table = FeatureTable(numbers, labels, torch.ones(labels.max() + 1, 1), views_per_row=views_per_row)
+    batches = TableBatches(table, phase_b_sampler(arguments, labels, seed=3), arguments.rows_per_step(len(labels)))
+    shown: list[set[float]] = [set() for _ in labels]
+    for epoch in range(arguments.epochs):
+        for features, _ in batches.epoch(epoch, torch.device("cpu")):
+            places = features.squeeze(1) - 1
+            rows = torch.bucketize(places, table.offsets, right=True) - 1
+            for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+                shown[row].add(place)
+    return shown
+
+
+def draws_of(labels: np.ndarray, arguments: PhaseBArguments) -> np.ndarray:
+    """How often phase B draws each row, which is how many augmentations the official code makes of it."""
+    sampler, batch = phase_b_sampler(arguments, labels, seed=3), arguments.rows_per_step(len(labels))
+    draws = np.zeros(len(labels), dtype=np.int64)
+    for epoch in range(arguments.epochs):
+        sampler.set_epoch(epoch)
+        draws += np.bincount(sampler.rows()[: len(sampler) // batch * batch], minlength=len(labels))
+    return draws
+
+
+def test_balanced_views_show_as_many_augmentations_as_the_official_code():
+    labels = np.repeat(np.arange(100), long_tailed_counts(500, classes=100, imbalance_factor=100))  # CIFAR-100-LT
+    arguments = PhaseBArguments(views="balanced")
+    views = views_per_image(labels, arguments, seed=3)
+    shown = np.array([len(places) for places in shown_views(labels, arguments, views)])
+    assert np.array_equal(shown, draws_of(labels, arguments))
+    tail = labels == 99  # five images: about 10 * 108 / 5 draws of each
+    assert shown[tail].min() > 200
+    assert views.sum() == shown.sum() <= 10 * len(labels)  # at no higher cost than ten views of each image
+    equal = np.array([len(places) for places in shown_views(labels, PhaseBArguments(views=10), 10)])
+    assert equal[tail].tolist() == [10] * 5
+    assert equal.sum() < 0.6 * 10 * len(labels)  # the other views were extracted in vain
+
+
+@pytest.mark.parametrize("sampler", ["class_aware", "power", "progressive"])
+@pytest.mark.parametrize("rows_of", [(60, 3, 1), (9, 9, 9)])
+def test_balanced_views_are_the_draws_of_the_sampler(sampler, rows_of):
+    labels = np.repeat(np.arange(3), rows_of)
+    arguments = PhaseBArguments(views="balanced", sampler=sampler, epochs=3, batch_size=10)
+    views = views_per_image(labels, arguments, seed=3)
+    assert np.array_equal(views, draws_of(labels, arguments))
+    capped = views_per_image(labels, PhaseBArguments(**{**vars(arguments), "max_views": 4}), seed=3)
+    assert np.array_equal(capped, np.minimum(views, 4))
+
+
+def test_other_numbers_of_views_are_as_they_were_given():
+    assert views_per_image([0, 1], PhaseBArguments(views=7)) == 7
+    assert views_per_image([0, 1], PhaseBArguments(views="balanced", epochs=0)) == 1
 
 
 def test_starts():
@@ -304,7 +372,7 @@ def test_starts():
 
 
 def test_a_small_table_in_several_parts_is_put_together(tiny_ballad, tmp_path):
-    mapped = FeatureTable.open(table_for(tiny_ballad).save(tmp_path / "table", rows_per_shard=20))
+    mapped = FeatureTable.open(table_for(tiny_ballad).save(tmp_path / "table", vectors_per_shard=20))
     assert len(mapped.shards) == 6
     assert len(to_device_if_fits(mapped, torch.device("cpu")).shards) == 1
     assert np.array_equal(to_device_if_fits(mapped, torch.device("cpu")).labels, mapped.labels)
@@ -318,6 +386,17 @@ def small_table(rows: int = 24, views: int = 1) -> FeatureTable:
 
 def shuffled(rows: int) -> InstanceSampler:
     return InstanceSampler(np.arange(rows) % 3)
+
+
+class FixedSampler(EpochSampler):
+    """The same rows every epoch."""
+
+    def __init__(self, rows):
+        super().__init__(len(rows))
+        self.fixed = np.array(rows)
+
+    def _rows_at(self, positions):
+        return self.fixed[positions]
 
 
 def test_what_is_left_at_an_epochs_end_is_dropped():
@@ -350,6 +429,28 @@ def test_rows_that_are_drawn_twice_an_epoch_show_two_views():
             assert torch.equal(feature, table.features[row, drawn[row] % 4])
             drawn[row] += 1
     assert drawn == [3, 9]
+
+
+def test_rows_go_through_their_own_number_of_views():
+    table = FeatureTable(torch.randn(4, 6), [0, 1], torch.eye(3, 6), views_per_row=[1, 3])
+    batches = TableBatches(table, FixedSampler([1, 0, 1, 0]), 4)
+    for epoch, expected in [(0, [1, 0, 2, 0]), (1, [3, 0, 1, 0])]:  # places in the table
+        features, _ = next(batches.epoch(epoch, torch.device("cpu")))
+        assert torch.equal(features, table.features[expected])
+
+
+def test_views_of_the_incomplete_batch_are_not_used_up():
+    table = small_table(3, views=2)
+    batches = TableBatches(table, FixedSampler([0, 1, 0]), 2)  # the last draw is dropped
+    shown = [next(batches.epoch(epoch, torch.device("cpu")))[0] for epoch in range(2)]
+    assert torch.equal(shown[0], table.features[[0, 1], 0])
+    assert torch.equal(shown[1], table.features[[0, 1], 1])
+
+
+def test_a_drawn_row_without_a_view_is_named():
+    table = FeatureTable(torch.ones(2, 6), [0, 1, 1], torch.eye(2, 6), views_per_row=[1, 0, 1])
+    with pytest.raises(ValueError, match="no view of 1 rows that are drawn, such as row 1"):
+        next(TableBatches(table, FixedSampler([0, 1, 2]), 3).epoch(0, torch.device("cpu")))
 
 
 def test_an_epoch_is_the_same_whichever_was_asked_for_before():

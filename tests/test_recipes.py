@@ -14,6 +14,7 @@ from ballad_hf.data.long_tail import long_tailed_counts
 from ballad_hf.data.transforms import train_transform
 from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training.command_line import parse_arguments
+from ballad_hf.training.phase_b import views_per_image
 
 from .conftest import load_splits
 
@@ -68,6 +69,7 @@ OFFICIAL = {
     "phase_a_decay_all": True,
     "phase_a_metric_for_best": "overall",
     "phase_a_tail_guard": "off",
+    "phase_b_views": "balanced",
 }
 
 
@@ -238,8 +240,11 @@ def test_the_official_settings_on_the_digits():
         assert not torch.equal(trained[name], start[name])
 
     augmentation = train_transform(image_processor, (arguments.phase_a.crop_scale, 1.0))
-    phase_b_arguments = replace(arguments.phase_b, batch_size=64, views=2)
-    table = extract_features(model, splits.train, views=2, transform=augmentation)
+    phase_b_arguments = replace(arguments.phase_b, batch_size=64)
+    views = views_per_image(splits.train.labels, phase_b_arguments)
+    table = extract_features(model, splits.train, views=views, transform=augmentation)
+    assert table.vectors == 2 * (sum(splits.class_counts) // 64) * 64  # one view a draw
+    assert table.views_per_row[torch.from_numpy(splits.train.labels == 9)].min() > 2 * 2  # two images in this class
     result = train_phase_b(model, table, phase_b_arguments, progress=False)
     assert result.steps == 2 * (sum(splits.class_counts) // 64)
     assert result.history[1]["learning_rate"] == pytest.approx(0.2)

@@ -167,6 +167,15 @@ def test_five_views_are_the_centre_and_the_corners():
         torch.testing.assert_close(view, whole[:, top : top + 32, left : left + 32])
 
 
+@pytest.mark.parametrize(("margin", "start"), [(1, 0), (3, 2), (5, 2), (7, 4)])  # halves round to even
+def test_the_centre_of_five_crops_is_that_of_torchvision(margin, start):
+    picture = noise(32 + margin, 32 + margin)
+    centre = five_crop_transform(processor(), expand=margin)(picture)[0]
+    side = 32 + margin
+    whole = evaluation_transform(processor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}))
+    torch.testing.assert_close(centre, whole(picture)[:, start : start + 32, start : start + 32])
+
+
 def test_a_crop_schedule_by_hand():
     at = [CropSchedule(3, shape).at_epoch((0.2, 1.0), 1)[0] for shape in ("linear", "convex", "concave")]
     half = np.sqrt(0.75)

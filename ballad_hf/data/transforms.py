@@ -136,7 +136,8 @@ class FiveCropTransform:
         height, width = _resized(image.height, image.width, target)
         resized = image.resize((width, height), Image.Resampling(kind.resample))
         right, bottom = width - kind.width, height - kind.height
-        corners = [(right // 2, bottom // 2), (0, 0), (right, 0), (0, bottom), (right, bottom)]
+        # torchvision's `five_crop`, which LIFT uses, rounds the centre's odd half pixels to even.
+        corners = [(round(right / 2), round(bottom / 2)), (0, 0), (right, 0), (0, bottom), (right, bottom)]
         crops = [resized.crop((left, top, left + kind.width, top + kind.height)) for left, top in corners]
         return torch.stack([kind.tensor(crop) for crop in crops])
 

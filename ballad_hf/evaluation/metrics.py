@@ -34,8 +34,11 @@ class LongTailMetrics:
         worst_class: lowest class accuracy.
         harmonic_mean: harmonic mean of the class accuracies; 0 if any class is never recognised.
         geometric_mean: geometric mean of the class accuracies; 0 if any class is never recognised.
-        macro_f1: mean of the classes' F1 scores.
+        macro_f1: mean F1 score of the classes among labels or predictions, as scikit-learn's
+            `f1_score(average="macro")`: a class that is predicted and has no image counts as 0.
         top_5: fraction of images whose class has one of the five highest logits; `None` for five classes or fewer.
+            Of equal logits the lower label ranks first, as `argmax` has it, so `top_5` is never below `overall`
+            (scikit-learn's `top_k_accuracy_score` prefers the higher label).
         negative_log_likelihood: mean over images, in nats (not a fraction).
         expected_calibration_error: gap between confidence and accuracy, mean over images, in 15 bins.
         many_calibration_error: the same over images of many-shot classes.
@@ -141,7 +144,7 @@ class LongTailMetrics:
             worst_class=float(accuracy.min()),
             harmonic_mean=harmonic_mean(accuracy),
             geometric_mean=geometric_mean(accuracy),
-            macro_f1=float((2 * hits / np.maximum(support + predicted, 1))[present].mean()),
+            macro_f1=_macro_f1(support, hits, predicted),
             top_5=float((predictions.rank < 5).mean()) if classes > 5 else None,
             negative_log_likelihood=float(predictions.negative_log_likelihood.mean(dtype=np.float64)),
             expected_calibration_error=calibration_error(predictions.confidence, predictions.correct),
@@ -241,6 +244,11 @@ def _class_counts(predictions: Predictions) -> tuple[np.ndarray, np.ndarray, np.
     hits = np.bincount(predictions.labels[predictions.correct], minlength=classes)
     predicted = np.bincount(predictions.predicted, minlength=classes)
     return support, hits, predicted
+
+
+def _macro_f1(support: np.ndarray, hits: np.ndarray, predicted: np.ndarray) -> float:
+    occurring = support + predicted  # (classes,); 0 for a class among neither labels nor predictions
+    return float((2 * hits[occurring > 0] / occurring[occurring > 0]).mean())
 
 
 def _shot_classes(counts: np.ndarray | None, many_above: int, few_below: int) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
-"""Feature tables kept on disk, found again by what they were made from, and never served stale or damaged.
+"""Feature tables kept on disk across runs, found again by what they were made from.
 
-An entry is a folder named by its key. It is built in `<key>.partial`, where a killed run is taken up again, and gets
-its name when its manifest, with a checksum of every file, is written.
+An entry is a folder named by the digest of its shard plan and provenance. It is built in `<name>.partial`, where the
+next run resumes after a kill, and renamed when complete. To free space, delete entries or the whole folder.
 """
 
 from __future__ import annotations
@@ -9,189 +9,96 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from transformers.utils import logging
 
-from . import shards as disk
+from .shards import MANIFEST, DamagedTableError, ShardPlan, StoredTable
 
 
 logger = logging.get_logger(__name__)
-
-_PARTIAL = ".partial"
-_LOCK = ".lock"
-
-
-@dataclass(frozen=True)
-class CacheEntry:
-    """One entry of a [`FeatureCache`].
-
-    Args:
-        key: name of its folder.
-        path: the folder.
-        nbytes: size on disk.
-        last_used: seconds since 1970.
-        complete: `False` for what a killed run left, which the same extraction takes up again.
-        rows, views, dim, dtype: what it holds; zeros and an empty text where it is not complete.
-    """
-
-    key: str
-    path: Path
-    nbytes: int
-    last_used: float
-    complete: bool
-    rows: int = 0
-    views: int = 0
-    dim: int = 0
-    dtype: str = ""
 
 
 class FeatureCache:
     """A folder of feature tables.
 
     Args:
-        folder: made where it does not exist.
-        max_bytes: after a new entry, those not used for longest go until the folder holds no more than this.
+        folder: created where it does not exist.
 
     Raises:
         NotADirectoryError: `folder` is a file.
-
-    Example:
-
-    >>> import tempfile
-    >>> from ballad_hf.features.cache import FeatureCache
-    >>> cache = FeatureCache(tempfile.mkdtemp())
-    >>> cache.list(), cache.size()
-    ([], 0)
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int | None = None):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
-        self.max_bytes = max_bytes
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"The feature cache {self.folder} is a file: name a folder.")
-        if max_bytes is not None and max_bytes <= 0:
-            raise ValueError(f"max_bytes is {max_bytes}: give the cache some room, or None for no limit.")
 
-    def find(self, key: str) -> Path | None:
-        """The folder of a finished, undamaged entry, or `None`.
+    def entry(self, plan: ShardPlan, provenance: Mapping[str, Any]) -> StoredTable:
+        """The place of an entry, whether it is there or not."""
+        return StoredTable(self.folder / StoredTable(self.folder, plan, provenance).identity, plan, provenance)
 
-        A damaged entry becomes unfinished: what is whole in it stays for the next build.
-        """
-        path = self.folder / key
-        try:
-            _, _, files = disk.read_manifest(path)
-            disk.verify(path, files)
-        except FileNotFoundError:
-            return None
-        except disk.DamagedTableError as error:
-            logger.warning(f"The cached features {path} are damaged and will be computed again. {error}")
-            self._reopen(key, error.files)
-            return None
-        _touch(path)
-        return path
-
-    @contextmanager
-    def build(self, key: str, nbytes: int) -> Iterator[Path]:
-        """The folder in which to build an entry, locked against other runs; on a clean exit it becomes the entry.
-
-        Args:
-            key: name of the entry.
-            nbytes: what it will take.
+    def find(self, entry: StoredTable) -> bool:
+        """Whether the entry is there, undamaged and made from what it should be.
 
         Raises:
-            ValueError: the entry alone is over `max_bytes`.
+            ValueError: a symbolic link in its place.
+        """
+        self._refuse_links(entry)
+        try:
+            found = StoredTable.open(entry.folder)
+            if (found.plan, found.provenance) != (entry.plan, entry.provenance):
+                raise DamagedTableError("They are of another model, preprocessing or data.", [MANIFEST])
+            entry.verify()
+        except FileNotFoundError:
+            return False
+        except DamagedTableError as error:
+            logger.warning(f"The cached features {entry.folder} can't be used and will be computed again. {error}")
+            return False
+        return True
+
+    @contextmanager
+    def build(self, entry: StoredTable) -> Iterator[StoredTable | None]:
+        """The table to fill, locked against other runs; on a clean exit it becomes the entry.
+
+        Yields:
+            The table, with the intact shards of an earlier attempt; or `None` where another run has completed the
+            entry in the meantime.
+
+        Raises:
             PermissionError: the folder can't be written.
             OSError: not enough space on the disk; entries are as they were.
+            ValueError: a symbolic link in the place of the entry.
         """
-        if self.max_bytes is not None and nbytes > self.max_bytes:
-            raise ValueError(
-                f"These features take {_size(nbytes)}, but the cache {self.folder} may hold {_size(self.max_bytes)}: "
-                "raise max_bytes, use fewer views or a half-precision dtype."
-            )
         self._make_folder()
-        partial = self.folder / f"{key}{_PARTIAL}"
-        with FileLock(self.folder / f"{key}{_LOCK}"):
-            if (self.folder / key / disk.MANIFEST).is_file():  # another run was faster
-                yield self.folder / key
-                return
-            partial.mkdir(exist_ok=True)
-            self._check_space(nbytes - _folder_bytes(partial))
+        self._refuse_links(entry)
+        partial = replace(entry, folder=_partial(entry))
+        with FileLock(_lock(entry)):
+            if entry.folder.exists():
+                if self.find(entry):
+                    yield None
+                    return
+                _reopen(entry)
+            partial.folder.mkdir(exist_ok=True)
+            partial.remove_temporary_files()
+            self._check_space(entry.plan.nbytes - _folder_bytes(partial.folder))
             try:
                 yield partial
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                raise self._no_space(f"the disk filled up; what was computed waits in {partial}") from error
-            os.replace(partial, self.folder / key)
-        self._evict(keep=key)
+                raise self._no_space(f"the disk is full; computed shards are kept in {partial.folder}") from error
+            os.replace(partial.folder, entry.folder)
 
-    def list(self) -> list[CacheEntry]:
-        """Every entry, the latest used first."""
-        if not self.folder.is_dir():
-            return []
-        paths = (path for path in self.folder.iterdir() if path.is_dir())
-        return sorted(map(_entry, paths), key=lambda entry: -entry.last_used)
-
-    def size(self) -> int:
-        """Bytes of all entries."""
-        return sum(entry.nbytes for entry in self.list())
-
-    def prune(self, max_bytes: int = 0) -> int:
-        """Delete entries, those not used for longest first, until no more than `max_bytes` are left.
-
-        Unfinished ones go first; one that is being built stays. Tables that are open stay readable.
-
-        Returns:
-            Bytes freed.
-        """
-        entries = self.list()
-        freed = 0
-        kept = sum(entry.nbytes for entry in entries)
-        for entry in sorted(entries, key=lambda entry: (entry.complete, entry.last_used)):
-            if kept <= max_bytes:
-                break
-            if self._delete(entry):
-                kept -= entry.nbytes
-                freed += entry.nbytes
-        return freed
-
-    def _evict(self, keep: str) -> None:
-        if self.max_bytes is None:
-            return
-        kept = self.size()
-        for entry in reversed(self.list()):
-            if kept <= self.max_bytes:
-                return
-            if entry.key != keep and self._delete(entry):
-                logger.info(f"Dropped the cached features {entry.path}: the cache is over {_size(self.max_bytes)}.")
-                kept -= entry.nbytes
-
-    def _delete(self, entry: CacheEntry) -> bool:
-        key = entry.path.name.removesuffix(_PARTIAL)
-        try:
-            with FileLock(self.folder / f"{key}{_LOCK}", timeout=0):
-                # Renamed first: a half-deleted entry must not bear an entry's name.
-                doomed = entry.path.with_name(f"{key}.deleted{_PARTIAL}")
-                os.replace(entry.path, doomed)
-                shutil.rmtree(doomed)
-        except (Timeout, FileNotFoundError):  # being built, or already gone
-            return False
-        return True
-
-    def _reopen(self, key: str, damaged: Iterable[str]) -> None:
-        path, partial = self.folder / key, self.folder / f"{key}{_PARTIAL}"
-        with FileLock(self.folder / f"{key}{_LOCK}"):
-            for name in {disk.MANIFEST, *damaged}:
-                (path / name).unlink(missing_ok=True)
-            if partial.exists():
-                shutil.rmtree(path)
-            else:
-                os.replace(path, partial)
+    def _refuse_links(self, entry: StoredTable) -> None:
+        for path in (entry.folder, _partial(entry), _lock(entry)):
+            if path.is_symlink():
+                raise ValueError(f"{path} in the feature cache is a symbolic link, which is not followed: remove it.")
 
     def _make_folder(self) -> None:
         try:
@@ -210,34 +117,32 @@ class FeatureCache:
     def _check_space(self, nbytes: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if nbytes > free:
-            raise self._no_space(f"{_size(nbytes)} are needed and {_size(free)} are free")
+            raise self._no_space(f"{nbytes / 2**20:.1f} MiB are needed and {free / 2**20:.1f} MiB are free")
 
     def _no_space(self, what: str) -> OSError:
         return OSError(
             errno.ENOSPC,
-            f"No space for features in {self.folder}: {what}. The finished entries, {_size(self.size())}, are intact; "
-            "FeatureCache(folder).prune() frees them. A half-precision dtype or fewer views take less",
+            f"No space for features in {self.folder}: {what}. Complete entries are intact; delete those that are not "
+            "needed. A half-precision dtype or fewer views take less",
         )
 
 
-def _entry(path: Path) -> CacheEntry:
-    nbytes = _folder_bytes(path)
-    try:
-        plan, _, _ = disk.read_manifest(path)
-        used = (path / disk.MANIFEST).stat().st_mtime
-    except (FileNotFoundError, disk.DamagedTableError):
-        return CacheEntry(path.name, path, nbytes, path.stat().st_mtime, complete=False)
-    return CacheEntry(path.name, path, nbytes, used, True, plan.rows, plan.views, plan.dim, plan.dtype)
+def _partial(entry: StoredTable) -> Path:
+    return entry.folder.with_name(f"{entry.folder.name}.partial")
+
+
+def _lock(entry: StoredTable) -> Path:
+    return entry.folder.with_name(f"{entry.folder.name}.lock")
+
+
+def _reopen(entry: StoredTable) -> None:
+    """Make an unusable entry a partial one, so that its intact shards are used."""
+    if _partial(entry).exists():
+        shutil.rmtree(entry.folder)
+        return
+    (entry.folder / MANIFEST).unlink(missing_ok=True)
+    os.replace(entry.folder, _partial(entry))
 
 
 def _folder_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-
-
-def _touch(path: Path) -> None:
-    with suppress(OSError):  # a cache that is shared and read-only serves all the same
-        os.utime(path / disk.MANIFEST)
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"
+    return sum(file.stat(follow_symlinks=False).st_size for file in path.iterdir() if file.is_file())

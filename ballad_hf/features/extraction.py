@@ -1,6 +1,6 @@
-"""Features of a whole split, computed once: resumable, cached, over any number of processes.
+"""Image features of a whole dataset, computed once: resumable, cached, over any number of processes.
 
-Phase B trains on features of frozen towers, so a picture needs to pass the image tower once, not once an epoch.
+Phase B trains on features of a frozen image encoder, so each view of an image is encoded once, not once an epoch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data.image_dataset import check_class_order
+from ..conversion.processors import processor_of
+from ..data.image_dataset import as_image_dataset, check_class_order
 from ..data.keyed_random import mix
 from ..models.class_embeddings import evaluation_mode
-from . import shards as disk
 from .cache import FeatureCache
-from .fingerprints import digest_of, encoder_fingerprint, preprocessing_fingerprint
+from .fingerprints import encoder_fingerprint, preprocessing_fingerprint
+from .shards import ShardPlan, StoredTable, digest_of
 from .table import FeatureTable
 
 
@@ -37,41 +38,43 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # Raised whenever the same inputs would give other features than before.
-_EXTRACTION_VERSION = 2
+_EXTRACTION_VERSION = 3
 
 
 def extract_features(
     model: BalladForImageClassification,
-    split: ImageDataset,
+    dataset: Any,
+    processing_class: Any = None,
     *,
-    image_processor: Any = None,
     transform: Any = None,
-    views: int = 1,
+    views: int | np.ndarray = 1,
     batch_size: int = 64,
     num_workers: int = 0,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    cache_dir: str | Path | FeatureCache | None = None,
+    cache_dir: str | Path | None = None,
     class_counts: Any = None,
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> FeatureTable:
-    """Image features of every picture of a split, before the adapter and before normalisation.
+    """Features of every image of a dataset, before the adapter and before normalisation.
 
     Args:
-        model: its image tower is run; its class embeddings and scale go into the table.
-        split: the pictures. Without `image_processor` and `transform` it must already make `pixel_values`.
-        image_processor: gives the evaluation transform for one view, the training transform for several.
+        model: its image encoder is run; its class embeddings and scale go into the table.
+        dataset: the images: whatever [`as_image_dataset`] takes.
+        processing_class: a processor or an image processor, which defines the evaluation transform for one view and
+            the training transform for several; default: the dataset's own transform, else the model's processor.
         transform: used instead. One that returns (views, 3, H, W), such as five crops, gives all views at once.
-        views: views of each picture. View `v` of picture `i` is drawn with a seed of its own, a function of
-            (seed, v, i); as many views as epochs give every epoch its own augmentation.
-        batch_size: pictures a forward pass, on each process.
-        num_workers: processes that read pictures, for each process.
+        views: views of each image: one number of 1 or more, or (images,) numbers of 0 or more, such as
+            `training.phase_b.views_per_image` gives. View `v` of image `i` is drawn with a seed of its own, a function
+            of (seed, v, i).
+        batch_size: images in a forward pass, on each process.
+        num_workers: processes that read images, for each process.
         seed: of the augmentation.
-        dtype: in which features are kept: float32, float16 or bfloat16. The tower runs in the model's own.
-        cache_dir: folder (or [`FeatureCache`]) that keeps the features across runs, by weights, preprocessing and
-            pictures; a run that was killed goes on where it stopped.
-        class_counts: (classes,) training pictures of each class; default: the model's, else those of this split.
+        dtype: of the stored features: float32, float16 or bfloat16. The encoder runs in the model's own.
+        cache_dir: folder that keeps the features across runs, by weights, preprocessing and images; after a kill the
+            next run resumes.
+        class_counts: (classes,) training images of each class; default: the model's, else those of this dataset.
         accelerator: its processes share the work and its device runs it. Without, this process does all.
         progress: show a bar, on the main process, where it takes more than two seconds.
 
@@ -89,46 +92,48 @@ def extract_features(
     >>> clip, tokenizer, image_processor = build_tiny_clip(layers=1)
     >>> images = as_image_dataset(load_image_dataset("digits")["validation"])
     >>> model = BalladForImageClassification.from_dual_encoder(clip, images.class_names, tokenizer)
-    >>> extract_features(model, images.select([0, 1, 2]), image_processor=image_processor)
+    >>> extract_features(model, images.select([0, 1, 2]), image_processor)
     FeatureTable(rows=3, views=1, dim=32, classes=10, dtype=float32)
     """
-    if views < 1:
-        raise ValueError(f"views is {views}: give 1 (the plain picture) or more.")
-    if len(split) == 0:
-        raise ValueError("The split holds no pictures, so there are no features to extract.")
+    images = as_image_dataset(dataset)
+    if len(images) == 0:
+        raise ValueError("The dataset has no images, so there are no features to extract.")
+    views_per_image = _checked_views(views, len(images))  # (images,)
     if num_workers < 0:
         raise ValueError(f"num_workers is {num_workers}: give 0 (read in this process) or more.")
     model.stored_class_embeds()
-    check_class_order(split, model.config.class_names)
-    split = _prepared(split, image_processor, transform, views)
-    plan = disk.ShardPlan.of(len(split), views, model.config.projection_dim, dtype)
-    work = _Work(model, split, plan, seed, batch_size, num_workers, accelerator, progress)
-    provenance: dict[str, Any] = {"encoder": encoder_fingerprint(model), "views": views, "seed": seed}
+    check_class_order(images, model.config.class_names)
+    images = _with_transform(model, images, processing_class, transform, is_augmented=views_per_image.max() > 1)
+    provenance: dict[str, Any] = {
+        "encoder": encoder_fingerprint(model),
+        "views": views if isinstance(views, int) else digest_of(views_per_image.tolist()),
+        "seed": seed,
+    }
+    work = _Work(model, images, views_per_image, dtype, seed, batch_size, num_workers, accelerator, progress)
     described: dict[str, Any] = {
         "class_counts": model.config.class_counts if class_counts is None else class_counts,
         "class_embeds": model.class_embeds,
         "logit_scale": model.logit_scale.item(),
         "class_names": model.config.class_names,
+        "views_per_row": views_per_image,
     }
-    if cache_dir is None and work.processes == 1:
-        return FeatureTable(work.in_memory(), split.labels, **described, provenance=provenance)
     if cache_dir is None:
-        return FeatureTable(work.through_a_temporary_folder(), split.labels, **described, provenance=provenance)
-    cache = cache_dir if isinstance(cache_dir, FeatureCache) else FeatureCache(cache_dir)
+        features = work.in_memory() if work.processes == 1 else work.through_a_temporary_folder()
+        return FeatureTable(features, images.labels, **described, provenance=provenance)
+    cache = FeatureCache(cache_dir)
     provenance |= {
-        "preprocessing": preprocessing_fingerprint(split.transform),
-        "pictures": split.fingerprint(),
+        "preprocessing": preprocessing_fingerprint(images.transform),
+        "images": images.fingerprint(),
         "precision": work.precision,
-        "dtype": plan.dtype,
         "version": _EXTRACTION_VERSION,
     }
-    folder = work.through_a_cache(cache, digest_of(provenance), provenance)
+    stored = work.through_a_cache(cache, provenance)
     return FeatureTable(
-        disk.open_shards(folder, plan),
-        disk.read_head(folder)["labels"],
+        stored.read_shards(),
+        images.labels,
         **described,
         provenance=provenance,
-        check_finite=False,  # looked at when they were computed; the checksums hold since
+        check_finite=False,  # checked when they were computed; the checksums hold since
     )
 
 
@@ -138,20 +143,21 @@ def view_seeds(rows: np.ndarray, view: int, seed: int) -> np.ndarray:
 
 
 class _Work:
-    """One extraction: what is run over what, and who does which part."""
+    """One extraction: which views are encoded, and by which process."""
 
     def __init__(
         self,
         model,
-        split,
-        plan: disk.ShardPlan,
+        images: ImageDataset,
+        views_per_image: np.ndarray,
+        dtype: torch.dtype,
         seed: int,
         batch_size: int,
         num_workers: int,
         accelerator: Accelerator | None,
         progress: bool,
     ):
-        self.model, self.split, self.plan, self.seed = model, split, plan, seed
+        self.model, self.images, self.seed = model, images, seed
         self.batch_size, self.num_workers = batch_size, num_workers
         self.accelerator, self.progress = accelerator, progress
         self.processes = 1 if accelerator is None else accelerator.num_processes
@@ -159,79 +165,88 @@ class _Work:
         self.device = model.device if accelerator is None else accelerator.device
         mixed = "no" if accelerator is None else accelerator.mixed_precision
         self.precision = f"{str(model.dtype).removeprefix('torch.')}/{mixed}"
-        # A transform that makes all views at once shows it in its first picture.
-        self.all_views_at_once = split[0]["pixel_values"].ndim == 4
+        self.offsets = np.concatenate([[0], np.cumsum(views_per_image)])  # (images + 1,)
+        # A transform that makes several views at once shows it in its first image.
+        first = images[0]["pixel_values"]
+        self.views_at_once = len(first) if first.ndim == 4 else 1
+        if self.views_at_once > 1 and (views_per_image != self.views_at_once).any():
+            raise ValueError(
+                f"The transform makes {self.views_at_once} views of an image: give views={self.views_at_once}."
+            )
+        dim = model.config.projection_dim
+        self.plan = ShardPlan.of(int(self.offsets[-1]), dim, dtype, multiple_of=self.views_at_once)
 
     @property
     def is_main(self) -> bool:
         return self.process == 0
 
     def in_memory(self) -> torch.Tensor:
-        features = torch.empty(self.plan.rows, self.plan.views, self.plan.dim, dtype=self.plan_dtype)
+        features = torch.empty(self.plan.vectors, self.plan.dim, dtype=self.plan.torch_dtype)
         for shard, computed in self._computed(list(range(self.plan.shards))):
             span = self.plan.span(shard)
             features[span.start : span.stop] = computed
-        return features  # (rows, views, dim)
+        return features  # (vectors, dim)
 
     def through_a_temporary_folder(self) -> torch.Tensor:
-        """Processes hand their shards to each other through a folder that goes away again."""
+        """Processes hand their shards to each other through a folder that is removed afterwards."""
         folder = Path(self._from_main(tempfile.mkdtemp(prefix="ballad-features-") if self.is_main else None))
+        stored = StoredTable(folder, self.plan, {})
         try:
-            self._fill(folder, list(range(self.plan.shards)))
-            self._finish(folder, {})
-            features = torch.cat(disk.open_shards(folder, self.plan))  # (rows, views, dim)
+            self._fill(stored, list(range(self.plan.shards)))
+            features = torch.cat(stored.read_shards())  # (vectors, dim)
         finally:
             self._wait()
             if self.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
         return features
 
-    def through_a_cache(self, cache: FeatureCache, key: str, provenance: dict[str, Any]) -> Path:
-        """The folder of the entry: found, or computed by all processes under the lock of the main one."""
-        found = self._from_main(cache.find(key) if self.is_main else None)
-        if found is not None:
-            return found
-        entry = cache.folder / key
-        with self._building(cache, key) as folder:
-            folder = self._from_main(folder)
-            if folder == entry:  # another run was faster
+    def through_a_cache(self, cache: FeatureCache, provenance: dict[str, Any]) -> StoredTable:
+        """The cache's entry: found, or computed by all processes while the main one holds its lock."""
+        entry = cache.entry(self.plan, provenance)
+        if self._from_main(cache.find(entry) if self.is_main else None):
+            return entry
+        with self._building(cache, entry) as partial:
+            partial = self._from_main(partial)
+            if partial is None:  # another run was faster
                 return entry
-            missing = self._from_main(disk.missing_shards(folder, self.plan) if self.is_main else None)
+            missing = self._from_main(partial.missing_shards() if self.is_main else None)
             if len(missing) < self.plan.shards:
-                logger.info(f"{self.plan.shards - len(missing)} of {self.plan.shards} shards are there already.")
-            self._fill(folder, missing)
-            self._finish(folder, provenance)
-        self._wait()  # the main process has given the folder its name
+                logger.info(f"{self.plan.shards - len(missing)} of {self.plan.shards} shards are already computed.")
+            self._fill(partial, missing)
+        self._wait()  # the main process has renamed the folder
         return entry
 
     @contextmanager
-    def _building(self, cache: FeatureCache, key: str) -> Iterator[Path | None]:
+    def _building(self, cache: FeatureCache, entry: StoredTable) -> Iterator[StoredTable | None]:
         if self.is_main:
-            with cache.build(key, self.plan.nbytes) as folder:
-                yield folder
+            with cache.build(entry) as partial:
+                yield partial
         else:
             yield None
 
-    def _fill(self, folder: Path, missing: list[int]) -> None:
+    def _fill(self, stored: StoredTable, missing: list[int]) -> None:
         mine = missing[self.process :: self.processes]
         for shard, features in self._computed(mine):
-            disk.write_tensors(folder, self.plan.file_name(shard), {"features": features})
-
-    def _finish(self, folder: Path, provenance: dict[str, Any]) -> None:
+            stored.write_shard(shard, features)
         self._wait()
         if self.is_main:
-            labels = torch.as_tensor(np.asarray(self.split.labels), dtype=torch.int64)
-            disk.write_tensors(folder, disk.HEAD, {"labels": labels})
-            disk.finish(folder, self.plan, provenance)
+            stored.write_head({"offsets": torch.from_numpy(self.offsets)})
+            stored.finish()
         self._wait()
 
     @torch.no_grad()
     def _computed(self, shards: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        """The given shards, one after the other: (shard, features (rows, views, dim))."""
-        draws = _Draws(self.split, self.plan, shards, self.seed, self.all_views_at_once)
+        """The given shards, one after the other: (shard, features (vectors of the shard, dim))."""
+        spans = [np.arange(self.plan.span(shard).start, self.plan.span(shard).stop) for shard in shards]
+        vectors = np.concatenate([np.empty(0, dtype=np.int64), *spans])[:: self.views_at_once]
         # A generator of its own for worker seeds: an extraction leaves the global random state alone.
-        own = torch.Generator().manual_seed(0)
-        loader = DataLoader(draws, batch_size=self.batch_size, num_workers=self.num_workers, generator=own)
+        generator = torch.Generator().manual_seed(0)
+        loader = DataLoader(
+            _Views(self.images, self.offsets, vectors, self.seed),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            generator=generator,
+        )
         self.model.to(self.device)
         autocast = nullcontext if self.accelerator is None else self.accelerator.autocast
         pending: list[torch.Tensor] = []
@@ -241,7 +256,7 @@ class _Work:
         batches = iter(loader)
         with bar, evaluation_mode(self.model):
             for shard in shards:
-                needed = len(self.plan.span(shard)) * self.plan.views
+                needed = len(self.plan.span(shard))
                 while waiting < needed:
                     batch = next(batches)
                     with autocast():
@@ -251,31 +266,23 @@ class _Work:
                     bar.update()
                 together = torch.cat(pending)
                 pending, waiting = [together[needed:]], waiting - needed
-                yield shard, together[:needed].reshape(-1, self.plan.views, self.plan.dim)
+                yield shard, together[:needed]
 
     def _features_of(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         pixels = batch["pixel_values"].to(self.device, non_blocking=True)
-        if self.all_views_at_once:
-            if pixels.shape[1] != self.plan.views:
-                raise ValueError(
-                    f"The transform makes {pixels.shape[1]} views of a picture: give views={pixels.shape[1]}."
-                )
+        if pixels.ndim == 5:
             pixels = pixels.flatten(0, 1)  # (batch * views, 3, H, W)
         output = self.model.clip.get_image_features(pixel_values=pixels)
-        features = output.pooler_output.to(self.plan_dtype)  # (batch * views, dim)
+        features = output.pooler_output.to(self.plan.torch_dtype)  # (batch * views, dim)
         finite = torch.isfinite(features).all(dim=1)
         if not finite.all():
-            rows = batch["index"].repeat_interleave(self.plan.views) if self.all_views_at_once else batch["index"]
+            rows = batch["index"].repeat_interleave(self.views_at_once)
             bad = sorted(set(rows[~finite.cpu()].tolist()))
             raise ValueError(
-                f"The image tower gave NaN or infinity for pictures {bad} of the split: run it in float32 or "
-                f"bfloat16, keep features in another dtype than {self.plan.dtype}, or look at those pictures."
+                f"The image encoder gave NaN or infinity for images {bad} of the dataset: run it in float32 or "
+                f"bfloat16, keep features in another dtype than {self.plan.dtype}, or look at those images."
             )
         return features.cpu()
-
-    @property
-    def plan_dtype(self) -> torch.dtype:
-        return disk.DTYPES[self.plan.dtype]
 
     def _wait(self) -> None:
         if self.accelerator is not None:
@@ -289,35 +296,57 @@ class _Work:
         return broadcast_object_list([value])[0]
 
 
-class _Draws(Dataset):
-    """The views of the rows of some shards, row by row, as a dataset of its own."""
+class _Views(Dataset):
+    """Views of images by their place in the table.
 
-    def __init__(self, split, plan: disk.ShardPlan, shards: list[int], seed: int, all_views_at_once: bool):
-        self.split, self.seed = split, seed
-        self.views = 1 if all_views_at_once else plan.views
-        spans = [np.arange(plan.span(shard).start, plan.span(shard).stop) for shard in shards]
-        self.rows = np.concatenate([np.empty(0, dtype=np.int64), *spans])
+    Args:
+        images: with a transform.
+        offsets: (images + 1,) first vector of each image.
+        vectors: (n,) places in the table; of a transform that makes all views at once, the first of each image.
+        seed: of the augmentation.
+    """
+
+    def __init__(self, images: ImageDataset, offsets: np.ndarray, vectors: np.ndarray, seed: int):
+        self.images, self.offsets, self.vectors, self.seed = images, offsets, vectors, seed
 
     def __len__(self) -> int:
-        return len(self.rows) * self.views
+        return len(self.vectors)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         from ..data.samplers import SampleIndex
 
-        row, view = int(self.rows[position // self.views]), position % self.views
-        item = self.split[SampleIndex(row, int(view_seeds(np.array([row]), view, self.seed)[0]))]
+        vector = int(self.vectors[position])
+        row = int(np.searchsorted(self.offsets, vector, side="right")) - 1
+        view = vector - int(self.offsets[row])
+        item = self.images[SampleIndex(row, int(view_seeds(np.array([row]), view, self.seed)[0]))]
         if item["index"] != row:
-            raise RuntimeError(f"The split gave picture {item['index']} where picture {row} was asked for.")
+            raise RuntimeError(f"The dataset gave image {item['index']} where image {row} was asked for.")
         return {"pixel_values": item["pixel_values"], "index": row}
 
 
-def _prepared(split, image_processor: Any, transform: Any, views: int):
-    """The split with the transform that the caller chose, or the one that fits the number of views."""
+def _checked_views(views: int | np.ndarray, images: int) -> np.ndarray:
+    """The number of views of each image: (images,) int64."""
+    counts = np.asarray(views)
+    is_valid = np.issubdtype(counts.dtype, np.integer) and counts.shape in ((), (images,))
+    if not is_valid or (counts < 0).any() or not counts.any():
+        given = views if counts.ndim == 0 else f"an array of shape {counts.shape} and dtype {counts.dtype}"
+        raise ValueError(
+            f"views is {given}: give 1 (the plain image) or more, or the number of views of each of the {images} "
+            "images, each 0 or more and one above."
+        )
+    return np.broadcast_to(counts, images).astype(np.int64)
+
+
+def _with_transform(
+    model, images: ImageDataset, processing_class: Any, transform: Any, is_augmented: bool
+) -> ImageDataset:
+    """The images with the given transform, or the one that fits the number of views."""
     if transform is not None:
-        return split.with_transform(transform)
-    if image_processor is None:
-        return split
+        return images.with_transform(transform)
+    if processing_class is None and images.transform is not None:
+        return images
     from ..data import transforms
 
-    make = transforms.evaluation_transform if views == 1 else transforms.train_transform
-    return split.with_transform(make(image_processor))
+    processor = processor_of(model) if processing_class is None else processing_class
+    make = transforms.train_transform if is_augmented else transforms.evaluation_transform
+    return images.with_transform(make(getattr(processor, "image_processor", processor)))

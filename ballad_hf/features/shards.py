@@ -1,7 +1,8 @@
-"""Features on disk: rows in shards of safetensors, written by index, finished by a manifest with checksums.
+"""Feature tables on disk: safetensors shards of a (vectors, dim) array, completed by a manifest.
 
-A shard is written aside, synced and renamed, so one that bears its name is complete; a folder that holds a manifest is
-complete. Shards are memory-mapped on reading: only the pages that are touched take memory.
+A shard is written to a temporary file, synced and renamed, so a shard under its own name is whole. Its metadata holds
+the table that it belongs to, its own name and a SHA-256 of its tensors, which are compared on reading. The manifest is
+written last. File names follow from the plan alone, never from a file, and symbolic links are not followed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,16 @@ from safetensors.torch import save
 
 
 MANIFEST = "manifest.json"
-HEAD = "head.safetensors"  # the small tensors beside the features: labels, class embeddings, ...
+HEAD = "head.safetensors"  # the small tensors beside the features: labels, offsets, class embeddings
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_FORMAT = 1
-_MOST_SHARDS = 1024
-_FEWEST_ROWS = 2048
+_FORMAT = 2
+_MAX_SHARDS = 1024
+_MIN_VECTORS = 2048
+_MAX_MANIFEST_BYTES = 2**20
 
 
 class DamagedTableError(ValueError):
-    """A table on disk is not what its manifest says. `files` names what must be written again."""
+    """A table on disk is not what its manifest says. `files` names the files to write again."""
 
     def __init__(self, message: str, files: list[str]):
         super().__init__(message)
@@ -37,124 +40,224 @@ class DamagedTableError(ValueError):
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """How a (rows, views, dim) array is cut; a function of the array alone, so that any number of processes agree.
+    """How a (vectors, dim) array is cut; a function of the array alone, so that any number of processes agree.
 
     Args:
-        rows, views, dim: shape of the array.
+        vectors, dim: shape of the array.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`.
-        rows_per_shard: rows a file.
+        vectors_per_shard: vectors in each file but the last.
     """
 
-    rows: int
-    views: int
+    vectors: int
     dim: int
     dtype: str
-    rows_per_shard: int
+    vectors_per_shard: int
+
+    def __post_init__(self):
+        sizes = (self.vectors, self.dim, self.vectors_per_shard)
+        if not all(type(size) is int and size > 0 for size in sizes) or self.dtype not in DTYPES:
+            raise ValueError(f"{self} does not describe a table of features.")
 
     @classmethod
-    def of(cls, rows: int, views: int, dim: int, dtype: torch.dtype, rows_per_shard: int | None = None) -> ShardPlan:
-        """Plan for an array; by default at most 1,024 files, and no fewer than 2,048 rows in each."""
+    def of(
+        cls,
+        vectors: int,
+        dim: int,
+        dtype: torch.dtype,
+        vectors_per_shard: int | None = None,
+        multiple_of: int = 1,
+    ) -> ShardPlan:
+        """Plan for an array.
+
+        Args:
+            vectors, dim, dtype: of the array.
+            vectors_per_shard: default: as many as give at most 1,024 files, and no fewer than 2,048.
+            multiple_of: the default is rounded up to a multiple of this, so that the views of a row stay together.
+        """
         name = str(dtype).removeprefix("torch.")
         if name not in DTYPES:
             raise ValueError(f"Features can't be kept as {name}: choose one of {', '.join(DTYPES)}.")
-        if rows_per_shard is None:
-            rows_per_shard = max(_FEWEST_ROWS, -(-rows // _MOST_SHARDS))
-        return cls(rows, views, dim, name, rows_per_shard)
+        if vectors_per_shard is None:
+            smallest = max(_MIN_VECTORS, -(-vectors // _MAX_SHARDS))
+            vectors_per_shard = -(-smallest // multiple_of) * multiple_of
+        return cls(vectors, dim, name, vectors_per_shard)
 
     @property
     def shards(self) -> int:
-        return -(-self.rows // self.rows_per_shard)
+        return -(-self.vectors // self.vectors_per_shard)
 
     @property
     def nbytes(self) -> int:
-        return self.rows * self.views * self.dim * DTYPES[self.dtype].itemsize
+        return self.vectors * self.dim * self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
 
     def span(self, shard: int) -> range:
-        """The rows of a shard."""
-        return range(shard * self.rows_per_shard, min(self.rows, (shard + 1) * self.rows_per_shard))
+        """The vectors of a shard."""
+        return range(shard * self.vectors_per_shard, min(self.vectors, (shard + 1) * self.vectors_per_shard))
 
     def file_name(self, shard: int) -> str:
         return f"shard-{shard:05d}.safetensors"
 
 
-def write_tensors(folder: Path, file_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file so that its name appears only once its bytes are on the disk."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _write_aside(folder / file_name, save(contiguous))
+@dataclass(frozen=True)
+class StoredTable:
+    """A folder of shards, complete or being written.
 
-
-def missing_shards(folder: Path, plan: ShardPlan) -> list[int]:
-    """Shards that are not there, or whose header does not fit the plan. Reads headers only."""
-    return [shard for shard in range(plan.shards) if not _fits(folder / plan.file_name(shard), plan, shard)]
-
-
-def finish(folder: Path, plan: ShardPlan, provenance: Mapping[str, Any]) -> None:
-    """Check that every row is there, then write the manifest that makes the folder a table.
-
-    Raises:
-        RuntimeError: shards are missing, as where the processes of a run don't share the disk.
+    Args:
+        folder: its place.
+        plan: how the features are cut.
+        provenance: what the features depend on, as plain JSON values. Files of a table with another provenance or plan
+            are refused.
     """
-    missing = missing_shards(folder, plan)
-    if missing:
-        rows = sum(len(plan.span(shard)) for shard in missing)
-        raise RuntimeError(
-            f"{rows} of {plan.rows} rows are missing from {folder} (shards {_some(missing)}). Where several machines "
-            "extract together, the folder must be on a disk that all of them see."
-        )
-    names = [HEAD, *(plan.file_name(shard) for shard in range(plan.shards))]
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
-    manifest = {"format": _FORMAT, "plan": asdict(plan), "files": files, "provenance": dict(provenance)}
-    _write_aside(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+
+    folder: Path
+    plan: ShardPlan
+    provenance: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> StoredTable:
+        """The complete table in a folder, by its manifest. Its shards are not looked at: see `verify`.
+
+        Raises:
+            FileNotFoundError: the folder holds no complete table.
+            DamagedTableError: the manifest can't be read, or names more shards than there are files.
+        """
+        path = folder / MANIFEST
+        if not _is_plain_file(path):
+            raise FileNotFoundError(f"{folder} holds no complete feature table: it has no {MANIFEST}.")
+        try:
+            if path.stat().st_size > _MAX_MANIFEST_BYTES:
+                raise ValueError(f"it has more than {_MAX_MANIFEST_BYTES} bytes")
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if manifest["format"] != _FORMAT:
+                raise ValueError(f"it has format {manifest['format']}, and this version reads {_FORMAT}")
+            table = cls(folder, ShardPlan(**manifest["plan"]), dict(manifest["provenance"]))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DamagedTableError(f"{path} can't be read: {error}.", [MANIFEST]) from error
+        files = sum(1 for _ in os.scandir(folder))
+        if table.plan.shards > files:
+            raise DamagedTableError(
+                f"{path} names {table.plan.shards} shards, but {files} files are there.", [MANIFEST]
+            )
+        return table
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of plan and provenance; every file of the table carries it."""
+        return digest_of([asdict(self.plan), dict(self.provenance)])
+
+    def write_shard(self, shard: int, features: torch.Tensor) -> None:
+        """Write one shard: (vectors of the shard, dim)."""
+        self._write(self.plan.file_name(shard), {"features": features})
+
+    def write_head(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write the tensors beside the features."""
+        self._write(HEAD, tensors)
+
+    def missing_shards(self) -> list[int]:
+        """Shards that are absent, damaged, or of another table."""
+        return [shard for shard in range(self.plan.shards) if not self._is_intact(self.plan.file_name(shard))]
+
+    def finish(self) -> None:
+        """Check that every shard is there, then write the manifest.
+
+        Raises:
+            RuntimeError: shards are missing, as where the processes of a run don't share the disk.
+        """
+        names = [self.plan.file_name(shard) for shard in range(self.plan.shards)]
+        missing = [name for name in names if not self._is_intact(name, checksum=False)]
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} of {self.plan.shards} shards are missing from {self.folder}: {_some(missing)}. Where "
+                "several machines extract together, the folder must be on a disk that all of them see."
+            )
+        manifest = {"format": _FORMAT, "plan": asdict(self.plan), "provenance": dict(self.provenance)}
+        _write_aside(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+
+    def verify(self, checksums: bool = True) -> None:
+        """Look at every file: shapes and the table it belongs to, and where asked its checksum.
+
+        Raises:
+            DamagedTableError: names every file that is missing, damaged, or of another table.
+        """
+        names = [HEAD, *(self.plan.file_name(shard) for shard in range(self.plan.shards))]
+        bad = [name for name in names if not self._is_intact(name, checksums)]
+        if bad:
+            raise DamagedTableError(
+                f"{len(bad)} files of {self.folder} are missing, damaged, or of another table: {_some(bad)}.", bad
+            )
+
+    def read_shards(self) -> tuple[torch.Tensor, ...]:
+        """The shards, memory-mapped: (vectors of the shard, dim) each. Call `verify` first."""
+        names = map(self.plan.file_name, range(self.plan.shards))
+        return tuple(self._read(name, checksum=False)["features"] for name in names)
+
+    def read_head(self) -> dict[str, torch.Tensor]:
+        """The tensors beside the features. Call `verify` first."""
+        return self._read(HEAD, checksum=False)
+
+    def remove_temporary_files(self) -> None:
+        """Remove what killed runs left of files that they were writing."""
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def _write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        metadata = {"table": self.identity, "file": name, "sha256": _digest_of_tensors(contiguous)}
+        _write_aside(self.folder / name, save(contiguous, metadata))
+
+    def _is_intact(self, name: str, checksum: bool = True) -> bool:
+        try:
+            self._read(name, checksum)
+        except DamagedTableError:
+            return False
+        return True
+
+    def _read(self, name: str, checksum: bool) -> dict[str, torch.Tensor]:
+        path = self.folder / name
+        if not _is_plain_file(path):
+            raise DamagedTableError(f"{path} is missing, or is no plain file.", [name])
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
+        except (SafetensorError, OSError) as error:
+            raise DamagedTableError(f"{path} can't be read: {error}.", [name]) from error
+        if (metadata.get("table"), metadata.get("file")) != (self.identity, name):
+            raise DamagedTableError(f"{path} belongs to another table, or to another place in this one.", [name])
+        if name != HEAD and not self._fits(name, tensors):
+            raise DamagedTableError(f"{path} holds an array of another shape or dtype than its table's.", [name])
+        if checksum and metadata.get("sha256") != _digest_of_tensors(tensors):
+            raise DamagedTableError(f"{path} differs from its checksum.", [name])
+        return tensors
+
+    def _fits(self, name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+        shard = int(name.removeprefix("shard-").removesuffix(".safetensors"))
+        features = tensors.get("features")
+        shape = (len(self.plan.span(shard)), self.plan.dim)
+        return features is not None and features.shape == shape and features.dtype == self.plan.torch_dtype
 
 
-def read_manifest(folder: Path) -> tuple[ShardPlan, dict[str, Any], dict[str, Any]]:
-    """Plan, provenance and files of a finished folder.
-
-    Raises:
-        FileNotFoundError: the folder holds no finished table.
-        DamagedTableError: the manifest can't be read.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no finished feature table: {MANIFEST} is not there.")
-    try:
-        manifest = json.loads(path.read_text())
-        if manifest["format"] != _FORMAT:
-            raise ValueError(f"format {manifest['format']}, and this version reads {_FORMAT}")
-        return ShardPlan(**manifest["plan"]), manifest["provenance"], manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedTableError(f"{path} can't be read: {error}", [MANIFEST]) from error
+def digest_of(content: Any) -> str:
+    """Digest of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def verify(folder: Path, files: Mapping[str, Any], checksums: bool = True) -> None:
-    """Compare sizes, and checksums where asked, with the manifest.
-
-    Raises:
-        DamagedTableError: names every file that is missing or differs.
-    """
-    bad = [name for name, expected in files.items() if not _is_intact(folder / name, expected, checksums)]
-    if bad:
-        raise DamagedTableError(f"{len(bad)} files of {folder} are missing or damaged: {_some(bad)}.", bad)
-
-
-def open_shards(folder: Path, plan: ShardPlan) -> tuple[torch.Tensor, ...]:
-    """The shards, memory-mapped: tensors of shape (rows of the shard, views, dim)."""
-    shards = []
-    for shard in range(plan.shards):
-        with safe_open(folder / plan.file_name(shard), framework="pt") as file:
-            shards.append(file.get_tensor("features"))
-    return tuple(shards)
-
-
-def read_head(folder: Path) -> dict[str, torch.Tensor]:
-    with safe_open(folder / HEAD, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+def _digest_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _write_aside(path: Path, content: bytes) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("wb") as file:
+        with aside.open("xb") as file:  # never through a link that lies there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -163,29 +266,9 @@ def _write_aside(path: Path, content: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _fits(path: Path, plan: ShardPlan, shard: int) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            features = file.get_tensor("features")
-    except (SafetensorError, OSError):
-        return False
-    shape = (len(plan.span(shard)), plan.views, plan.dim)
-    return tuple(features.shape) == shape and features.dtype == DTYPES[plan.dtype]
+def _is_plain_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
-def _is_intact(path: Path, expected: Mapping[str, Any], checksums: bool) -> bool:
-    if not path.is_file() or path.stat().st_size != expected["bytes"]:
-        return False
-    return not checksums or _sha256(path) == expected["sha256"]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _some(items: list) -> str:
-    shown = ", ".join(map(str, items[:8]))
-    return shown if len(items) <= 8 else f"{shown}, ... ({len(items)} in all)"
+def _some(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:8])}, ... ({len(names)} in all)"

@@ -1,4 +1,4 @@
-"""The feature table: what the frozen image tower said about every picture, with what phase B needs beside it."""
+"""The feature table: cached image features from the frozen image encoder, with what phase B needs beside them."""
 
 from __future__ import annotations
 
@@ -10,30 +10,34 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import shards as disk
+from .shards import DTYPES, ShardPlan, StoredTable
 
 
 if TYPE_CHECKING:
     from ..data.long_tail import ShotGroups
 
-_ROWS_A_CHECK = 65536
+_VECTORS_PER_CHECK = 65536
 
 
 class FeatureTable:
     """Image features before the adapter, their labels, and the class embeddings that score them.
 
+    A row is an image, and its views are the features of differently cropped or augmented versions of it. All views are
+    kept as one array of vectors, those of the first row first.
+
     Args:
         features: (rows, views, dim) or (rows, dim), float32, float16 or bfloat16, not normalised; or a sequence of
-            such tensors that follow one another.
+            such tensors that follow one another. With `views_per_row`, (vectors, dim).
         labels: (rows,) integers from 0 to classes - 1.
         class_embeds: (classes, dim); kept in float32 with rows of length 1.
-        class_counts: (classes,) training pictures of each class; default: the counts of `labels`, which is right for
-            the training part and for no other.
+        class_counts: (classes,) training images of each class; default: the counts of `labels`, which is right for
+            the training split and for no other.
         logit_scale: multiplier of the cosines.
         class_names: names in label order.
-        provenance: where the table comes from: `encoder` is the fingerprint of the image tower, `preprocessing` that
+        provenance: where the table comes from: `encoder` is the fingerprint of the image encoder, `preprocessing` that
             of the transform, and so on. Plain JSON values.
         check_finite: look for NaN and infinity in every row, which reads all of them.
+        views_per_row: (rows,) views of each row, where rows differ in it; 0 for a row that phase B never draws.
 
     Raises:
         ValueError: shapes that don't fit, labels outside the classes, rows that are not finite (named).
@@ -59,9 +63,14 @@ class FeatureTable:
         class_names: Sequence[str] | None = None,
         provenance: Mapping[str, Any] | None = None,
         check_finite: bool = True,
+        views_per_row: torch.Tensor | np.ndarray | Sequence[int] | None = None,
     ):
-        parts = [features] if isinstance(features, torch.Tensor) else list(features)
-        self.shards = _checked_shards(parts)
+        given = [features] if isinstance(features, torch.Tensor) else list(features)
+        if views_per_row is None:
+            given, views_per_row = _flattened(given)
+        self.shards = _checked_shards(given)  # (vectors of the shard, dim) each
+        self.offsets = _checked_offsets(views_per_row, sum(map(len, self.shards))).to(self.device)  # (rows + 1,)
+        self._views = int(self.views_per_row.max())
         self.labels = _checked_labels(labels, self.rows, len(class_embeds))
         self.class_embeds = _checked_class_embeds(class_embeds, self.dim)
         self.class_counts = _checked_counts(class_counts, self.labels, self.classes)
@@ -77,23 +86,38 @@ class FeatureTable:
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        sizes = f"rows={self.rows}, views={self.views}, dim={self.dim}, classes={self.classes}"
-        return f"FeatureTable({sizes}, dtype={dtype})"
+        views = self.views if self.has_equal_views else f"{int(self.views_per_row.min())} to {self.views}"
+        return f"FeatureTable(rows={self.rows}, views={views}, dim={self.dim}, classes={self.classes}, dtype={dtype})"
 
     def __len__(self) -> int:
         return self.rows
 
     @property
     def rows(self) -> int:
-        return sum(len(shard) for shard in self.shards)
+        return len(self.offsets) - 1
+
+    @property
+    def views_per_row(self) -> torch.Tensor:
+        """Views of each row: (rows,) int64."""
+        return self.offsets.diff()
 
     @property
     def views(self) -> int:
-        return self.shards[0].shape[1]
+        """Views of each row; where rows differ, the most that one has."""
+        return self._views
+
+    @property
+    def has_equal_views(self) -> bool:
+        return self.vectors == self.rows * self.views
+
+    @property
+    def vectors(self) -> int:
+        """Views of all rows together."""
+        return sum(map(len, self.shards))
 
     @property
     def dim(self) -> int:
-        return self.shards[0].shape[2]
+        return self.shards[0].shape[1]
 
     @property
     def classes(self) -> int:
@@ -110,12 +134,16 @@ class FeatureTable:
     @property
     def nbytes(self) -> int:
         """Bytes of the features, whether they are in memory or mapped."""
-        return sum(shard.numel() * shard.element_size() for shard in self.shards)
+        return self.vectors * self.dim * self.dtype.itemsize
 
     @property
     def features(self) -> torch.Tensor:
-        """All features, (rows, views, dim). Of a table in several shards this is a copy in memory: see `batches`."""
-        return self.shards[0] if len(self.shards) == 1 else torch.cat(self.shards)
+        """All features: (rows, views, dim), or (vectors, dim) where rows differ in views.
+
+        Of a table in several shards this is a copy in memory: see `batches`.
+        """
+        flat = self._vectors(0, self.vectors)  # (vectors, dim)
+        return flat.view(self.rows, self.views, self.dim) if self.has_equal_views else flat
 
     @property
     def shot_groups(self) -> ShotGroups:
@@ -133,46 +161,70 @@ class FeatureTable:
 
         Returns:
             (n, dim) in the table's dtype. Only the shards and pages that hold these rows are read.
+
+        Raises:
+            IndexError: a row or a view that is not there.
         """
         rows = rows.to(self.device)
         views = torch.as_tensor(views, device=self.device).expand(len(rows))
+        if ((rows < 0) | (rows >= self.rows)).any():
+            raise IndexError(f"rows go from {int(rows.min())} to {int(rows.max())}, but the table has {self.rows}.")
+        vectors = self.offsets[rows] + views  # (n,)
+        if ((views < 0) | (vectors >= self.offsets[rows + 1])).any():
+            raise IndexError("A view is outside those of its row: see views_per_row.")
         if len(self.shards) == 1:
-            return self.shards[0][rows, views]  # (n, dim)
+            return self.shards[0][vectors]  # (n, dim)
         starts = torch.tensor(self._starts, device=self.device)
-        shard_of = torch.bucketize(rows, starts, right=True) - 1  # (n,)
+        shard_of = torch.bucketize(vectors, starts, right=True) - 1  # (n,)
         taken = torch.empty(len(rows), self.dim, dtype=self.dtype, device=self.device)
         for shard in shard_of.unique().tolist():
             here = (shard_of == shard).nonzero().squeeze(1)
-            taken[here] = self.shards[shard][rows[here] - self._starts[shard], views[here]]
+            taken[here] = self.shards[shard][vectors[here] - self._starts[shard]]
         return taken
 
     def batches(self, batch_size: int = 4096) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All rows in order, a batch at a time: (features (n, views, dim), labels (n,)). Batches end with a shard."""
-        for start, shard in zip(self._starts, self.shards, strict=True):
-            for part in range(0, len(shard), batch_size):
-                features = shard[part : part + batch_size]  # (n, views, dim)
-                yield features, self.labels[start + part : start + part + len(features)]
+        """All rows in order, a batch at a time: (features (n, views, dim), labels (n,)).
+
+        Raises:
+            ValueError: rows differ in views, so that they make no rectangular batch.
+        """
+        if not self.has_equal_views:
+            raise ValueError(
+                f"Rows of this table have from {int(self.views_per_row.min())} to {self.views} views, which phase B "
+                "can train on and nothing else: extract features with one number of views."
+            )
+        for start in range(0, self.rows, batch_size):
+            labels = self.labels[start : start + batch_size]
+            flat = self._vectors(start * self.views, (start + len(labels)) * self.views)  # (n * views, dim)
+            yield flat.view(len(labels), self.views, self.dim), labels
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> FeatureTable:
         """The table on a device, in memory and in one piece; on the CPU this reads a mapped table into memory."""
-        features = self.features.to(device=device, dtype=dtype or self.dtype)
-        return self._with(features, self.labels.to(device))
+        vectors = self._vectors(0, self.vectors).to(device=device, dtype=dtype or self.dtype)
+        return self._with(vectors, self.offsets.to(device), self.labels.to(device))
 
     def with_logit_scale(self, logit_scale: float) -> FeatureTable:
         """The same table with another multiplier of the cosines."""
-        table = self._with(self.shards[0], self.labels)
+        table = self._with(self.shards[0], self.offsets, self.labels)
         table.shards = self.shards
         table.logit_scale = float(logit_scale)
         return table
 
     def select(self, rows: torch.Tensor | np.ndarray | Sequence[int]) -> FeatureTable:
-        """A table of these rows, in this order, in memory."""
-        rows = torch.as_tensor(rows, dtype=torch.int64)
-        views = [self.take(rows, view) for view in range(self.views)]
-        return self._with(torch.stack(views, dim=1), self.labels[rows.to(self.labels.device)])
+        """A table of these rows with all their views, in this order, in memory."""
+        rows = torch.as_tensor(rows, dtype=torch.int64, device=self.device)
+        offsets = _offsets_of(self.views_per_row[rows])  # (selected rows + 1,)
+        first = offsets[:-1].repeat_interleave(offsets.diff())  # (vectors,)
+        views = torch.arange(len(first), device=self.device) - first
+        vectors = self.take(rows.repeat_interleave(offsets.diff()), views)
+        return self._with(vectors, offsets, self.labels[rows.to(self.labels.device)])
 
-    def save(self, folder: str | Path, rows_per_shard: int | None = None) -> Path:
+    def save(self, folder: str | Path, vectors_per_shard: int | None = None) -> Path:
         """Write the table to a folder that is new or empty; `FeatureTable.open` maps it back.
+
+        Args:
+            folder: where to write.
+            vectors_per_shard: views in each file; default: as many as give at most 1,024 files.
 
         Raises:
             FileExistsError: the folder holds something.
@@ -181,15 +233,16 @@ class FeatureTable:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise FileExistsError(f"{folder} is not an empty folder: choose another, or remove it first.")
         folder.mkdir(parents=True, exist_ok=True)
-        plan = disk.ShardPlan.of(self.rows, self.views, self.dim, self.dtype, rows_per_shard)
-        for shard in range(plan.shards):
-            rows = torch.tensor(list(plan.span(shard)))
-            features = torch.stack([self.take(rows, view) for view in range(self.views)], dim=1)
-            disk.write_tensors(folder, plan.file_name(shard), {"features": features.cpu()})
-        head = {"labels": self.labels.cpu(), "class_embeds": self.class_embeds, "class_counts": self.class_counts}
-        disk.write_tensors(folder, disk.HEAD, head)
+        plan = ShardPlan.of(self.vectors, self.dim, self.dtype, vectors_per_shard)
         described = {**self.provenance, "logit_scale": self.logit_scale, "class_names": self.class_names}
-        disk.finish(folder, plan, described)
+        stored = StoredTable(folder, plan, described)
+        for shard in range(plan.shards):
+            span = plan.span(shard)
+            stored.write_shard(shard, self._vectors(span.start, span.stop).cpu())
+        tensors = {"labels": self.labels, "offsets": self.offsets}
+        tensors |= {"class_embeds": self.class_embeds, "class_counts": self.class_counts}
+        stored.write_head({name: tensor.cpu() for name, tensor in tensors.items()})
+        stored.finish()
         return folder
 
     @classmethod
@@ -198,73 +251,112 @@ class FeatureTable:
 
         Args:
             folder: the table's folder.
-            checksums: compare every byte with the manifest first, which reads the files once; sizes are always
-                compared.
+            checksums: compare every byte with its checksum first, which reads the files once; shapes, and that each
+                file belongs to this table, are always compared.
 
         Raises:
-            FileNotFoundError: no finished table there.
-            DamagedTableError: files that are missing or changed, all named.
+            FileNotFoundError: no complete table there.
+            DamagedTableError: files that are missing, changed, or of another table, all named.
         """
-        folder = Path(folder)
-        plan, provenance, files = disk.read_manifest(folder)
-        disk.verify(folder, files, checksums)
-        head = disk.read_head(folder)
+        stored = StoredTable.open(Path(folder))
+        stored.verify(checksums)
+        head = stored.read_head()
         if "class_embeds" not in head:
-            raise ValueError(f"{folder} is an entry of a feature cache, which holds features only: use FeatureCache.")
-        logit_scale = provenance.pop("logit_scale")
-        class_names = provenance.pop("class_names")
+            raise ValueError(
+                f"{folder} is an entry of a feature cache, which holds features only: call extract_features with this "
+                "cache_dir."
+            )
+        provenance = dict(stored.provenance)
+        logit_scale, class_names = provenance.pop("logit_scale"), provenance.pop("class_names")
+        views_per_row = head.pop("offsets").diff()
         return cls(
-            disk.open_shards(folder, plan),
+            stored.read_shards(),
             **head,
             logit_scale=logit_scale,
             class_names=class_names,
             provenance=provenance,
             check_finite=False,
+            views_per_row=views_per_row,
         )
 
     def check_finite(self) -> None:
         """Raise a `ValueError` that names the rows with a NaN or an infinity."""
-        bad: list[int] = []
-        row = 0
-        for features, _ in self.batches(_ROWS_A_CHECK):
-            finite = torch.isfinite(features.flatten(1).sum(dim=1, dtype=torch.float32))  # (n,)
+        bad: list[torch.Tensor] = []
+        for start in range(0, self.vectors, _VECTORS_PER_CHECK):
+            vectors = self._vectors(start, min(start + _VECTORS_PER_CHECK, self.vectors))  # (n, dim)
+            finite = torch.isfinite(vectors.sum(dim=1, dtype=torch.float32))  # (n,)
             if not finite.all():  # a sum may overflow where no element does, so look again, closely
-                finite = torch.isfinite(features).flatten(1).all(dim=1)
-            bad += (row + (~finite).nonzero().squeeze(1)).tolist()
-            row += len(features)
-        if bad:
-            shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
-            raise ValueError(
-                f"{len(bad)} of {self.rows} rows of features hold a NaN or an infinity: rows {shown}. "
-                "Half precision overflows in some towers: try float32 or bfloat16, and look at those pictures."
-            )
+                bad.append(start + (~torch.isfinite(vectors).all(dim=1)).nonzero().squeeze(1))
+        if not bad or not len(vectors_with := torch.cat(bad)):
+            return
+        rows = (torch.bucketize(vectors_with, self.offsets, right=True) - 1).unique().tolist()
+        shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
+        raise ValueError(
+            f"{len(rows)} of {self.rows} rows of features hold a NaN or an infinity: rows {shown}. "
+            "Half precision overflows in some encoders: try float32 or bfloat16, and look at those images."
+        )
 
     @property
     def _starts(self) -> list[int]:
         return np.cumsum([0, *(len(shard) for shard in self.shards[:-1])]).tolist()
 
-    def _with(self, features: torch.Tensor, labels: torch.Tensor) -> FeatureTable:
+    def _vectors(self, start: int, stop: int) -> torch.Tensor:
+        """Vectors `start` to `stop` of the whole array; a view on its shard where they lie in one."""
+        inside = []
+        for first, shard in zip(self._starts, self.shards, strict=True):
+            if start < first + len(shard) and stop > first:
+                inside.append(shard[max(start - first, 0) : stop - first])
+        return inside[0] if len(inside) == 1 else torch.cat(inside)  # (stop - start, dim)
+
+    def _with(self, vectors: torch.Tensor, offsets: torch.Tensor, labels: torch.Tensor) -> FeatureTable:
         table = FeatureTable.__new__(FeatureTable)
         table.__dict__.update(self.__dict__)
-        table.shards = (features,)
-        table.labels = labels
+        table.shards, table.offsets, table.labels = (vectors,), offsets, labels
+        table._views = int(table.views_per_row.max()) if table.rows else 0
         return table
 
 
+def _flattened(features: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Tensors (rows, views, dim) or (rows, dim) as (rows * views, dim), and the views of each row."""
+    features = [tensor.unsqueeze(1) if tensor.ndim == 2 else tensor for tensor in features]
+    for tensor in features:
+        if tensor.ndim != 3 or tensor.shape[1:] != features[0].shape[1:]:
+            raise ValueError(
+                "Features must be (rows, views, dim) with one number of views and one dim, but one tensor is "
+                f"{tuple(tensor.shape)} and the first is {tuple(features[0].shape)}."
+            )
+    rows, views = sum(map(len, features)), features[0].shape[1] if features else 1
+    return [tensor.flatten(0, 1) for tensor in features], torch.full((rows,), views)
+
+
 def _checked_shards(shards: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    if not shards or sum(len(shard) for shard in shards) == 0:
+    if not shards or sum(map(len, shards)) == 0:
         raise ValueError("A feature table needs at least one row of features.")
-    shards = [shard.unsqueeze(1) if shard.ndim == 2 else shard for shard in shards]
     first = shards[0]
     for shard in shards:
-        if shard.ndim != 3 or shard.shape[1:] != first.shape[1:] or shard.dtype != first.dtype:
+        if shard.ndim != 2 or shard.shape[1] != first.shape[1] or shard.dtype != first.dtype:
             raise ValueError(
-                f"Features must be (rows, views, dim) with one number of views, one dim and one dtype, but a part is "
-                f"{tuple(shard.shape)} {shard.dtype} and the first is {tuple(first.shape)} {first.dtype}."
+                f"Features must have one dim and one dtype, but one tensor is {tuple(shard.shape)} {shard.dtype} and "
+                f"the first is {tuple(first.shape)} {first.dtype}."
             )
-    if first.dtype not in disk.DTYPES.values():
-        raise ValueError(f"Features are {first.dtype}: convert them to one of {', '.join(disk.DTYPES)}.")
+    if first.dtype not in DTYPES.values():
+        raise ValueError(f"Features are {first.dtype}: convert them to one of {', '.join(DTYPES)}.")
     return tuple(shards)
+
+
+def _checked_offsets(views_per_row, vectors: int) -> torch.Tensor:
+    views_per_row = torch.as_tensor(views_per_row, dtype=torch.int64)
+    if views_per_row.ndim != 1 or bool((views_per_row < 0).any()) or int(views_per_row.sum()) != vectors:
+        raise ValueError(
+            f"views_per_row has shape {tuple(views_per_row.shape)} and sum {int(views_per_row.sum())} for {vectors} "
+            "vectors: give the number of views of each row, 0 or more."
+        )
+    return _offsets_of(views_per_row)
+
+
+def _offsets_of(views_per_row: torch.Tensor) -> torch.Tensor:
+    """First vector of each row, and at the end their number: (rows + 1,)."""
+    return F.pad(views_per_row.cumsum(0), (1, 0))
 
 
 def _checked_labels(labels, rows: int, classes: int) -> torch.Tensor:
@@ -310,6 +402,6 @@ def _checked_counts(class_counts, labels: torch.Tensor, classes: int) -> torch.T
     if counts.shape != (classes,) or bool((counts < 0).any()):
         raise ValueError(
             f"class_counts have shape {tuple(counts.shape)} for {classes} classes: "
-            "give the number of training pictures of each class, 0 or more."
+            "give the number of training images of each class, 0 or more."
         )
     return counts

@@ -244,7 +244,10 @@ class PhaseBArguments:
     adapter_start: Literal["model", "identity", "random"] = _option(
         "initial adapter: the model's own, or a new one", "model"
     )
-    views: int = _option("cached views per training image: 1 without augmentation, more are augmented", 1)
+    views: int | Literal["balanced"] = _option(
+        "views per training image: 1 without augmentation, more are augmented; 'balanced': one for each draw", 1
+    )
+    max_views: int | None = _option("most views per image with 'balanced' views")
 
     def __post_init__(self):
         _check_choices(self)
@@ -252,9 +255,12 @@ class PhaseBArguments:
             raise ValueError(f"epochs is {self.epochs}: give 1 or more, or 0 to skip phase B.")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}: give 1 or more, or leave it out.")
-        for name in ("samples_per_class", "views"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more.")
+        if self.samples_per_class < 1:
+            raise ValueError(f"samples_per_class is {self.samples_per_class}: give 1 or more.")
+        if self.views != "balanced" and not (isinstance(self.views, int) and self.views >= 1):
+            raise ValueError(f"views is {self.views!r}: give 1 (the plain image) or more, or 'balanced'.")
+        if self.max_views is not None and (self.views != "balanced" or self.max_views < 1):
+            raise ValueError(f"max_views is {self.max_views}: give 1 or more, and only with views='balanced'.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate is {self.learning_rate}: give a finite number above 0, such as 0.2.")
         if not 0 <= self.momentum < 1:

@@ -51,7 +51,7 @@ class PhaseBResult:
         validation: its accuracies on the validation table: `overall`, `mean_class`, `many`, `medium`, `few`.
         steps: steps taken.
         seconds: wall time.
-        views: views of an image in the table.
+        views: views of an image in the table; where images differ, the most that one has.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -115,7 +115,8 @@ def train_phase_b(
     started = time.perf_counter()
     device = torch.device(device or model.device)
     table = to_device_if_fits(table, device)
-    batches = TableBatches(table, phase_b_sampler(args, table, seed), args.rows_per_step(table.rows))
+    sampler = phase_b_sampler(args, table.labels.cpu().numpy(), seed)
+    batches = TableBatches(table, sampler, args.rows_per_step(table.rows))
     start = adapter_start(args.adapter_start, model.adapter.linear.weight, seed).to(device)
     training = AdapterTraining(start, model.config.adapter_ratio, model.logit_scale.item(), batches, args)
 
@@ -267,8 +268,8 @@ class AdapterTraining:
 class TableBatches:
     """The batches of each epoch: rows in the sampler's order, and for each draw the view it uses.
 
-    The n-th time a row is drawn, over all epochs, it shows its view `n mod views`: with one view a cached row is what
-    it is, and with several no augmentation is seen again before all have been.
+    The n-th time a row is drawn, over all epochs, it shows its view `n mod views`, with `views` those of this row: no
+    view is shown again before all have been. So the view is a function of the seed, the epoch and the position.
 
     Args:
         table: the features.
@@ -280,7 +281,9 @@ class TableBatches:
         self.table = table
         self.sampler = sampler
         self.batch_size = batch_size
-        self._drawn = np.zeros(table.rows if table.views > 1 else 0, dtype=np.int64)
+        self._views_per_row = table.views_per_row.cpu().numpy()  # (rows,)
+        self._has_choice = table.views > 1 or not table.has_equal_views
+        self._drawn = np.zeros(table.rows if self._has_choice else 0, dtype=np.int64)
         self._counted = 0  # epochs in `_drawn`
         self._last: tuple[int, torch.Tensor, torch.Tensor | None] | None = None  # epoch, rows, views
 
@@ -308,13 +311,13 @@ class TableBatches:
         """Rows and views of an epoch; the last epoch asked for is kept, as several adapters may train on it."""
         if self._last is None or self._last[0] != epoch:
             order = self._order(epoch)
-            views = self._views(epoch, order) if self.table.views > 1 else None
+            views = self._views(epoch, order) if self._has_choice else None
             self._last = epoch, torch.from_numpy(order).to(self.table.device), views
         return self._last[1], self._last[2]
 
     def _order(self, epoch: int) -> np.ndarray:
-        self.sampler.set_epoch(epoch)
-        return self.sampler.rows()
+        """The epoch's rows, without those of the incomplete batch: (draws,)."""
+        return epoch_rows(self.sampler, epoch, self.batch_size)
 
     def _views(self, epoch: int, order: np.ndarray) -> torch.Tensor:
         if epoch < self._counted:
@@ -323,10 +326,23 @@ class TableBatches:
         while self._counted < epoch:  # after a resume, count what was drawn before
             self._drawn += np.bincount(self._order(self._counted), minlength=self.table.rows)
             self._counted += 1
-        views = (self._drawn[order] + _occurrence(order)) % self.table.views
+        without = order[self._views_per_row[order] == 0]
+        if len(without):
+            raise ValueError(
+                f"The table has no view of {len(np.unique(without))} rows that are drawn, such as row {without[0]}: "
+                "it was made for phase B with other args or another seed. Extract features for these with "
+                "views=views_per_image(...), or with one number of views."
+            )
+        views = (self._drawn[order] + _occurrence(order)) % self._views_per_row[order]
         self._drawn += np.bincount(order, minlength=self.table.rows)
         self._counted = epoch + 1
         return torch.from_numpy(views)
+
+
+def epoch_rows(sampler: EpochSampler, epoch: int, batch_size: int) -> np.ndarray:
+    """The rows of an epoch that make whole batches, or all where they are fewer than one: (draws,)."""
+    sampler.set_epoch(epoch)
+    return sampler.rows(0, len(sampler) - len(sampler) % min(batch_size, len(sampler)))
 
 
 def check_table(model: BalladForImageClassification, table: FeatureTable) -> None:
@@ -400,11 +416,48 @@ def adapter_start(name: str, current: torch.Tensor, seed: int) -> torch.Tensor:
     return nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
 
 
-def phase_b_sampler(args: PhaseBArguments, table: FeatureTable, seed: int) -> EpochSampler:
-    """The sampler that the args name, over the rows of a table."""
+def views_per_image(labels: Sequence[int] | np.ndarray, args: PhaseBArguments, seed: int = 0) -> int | np.ndarray:
+    """How many views of each training image `extract_features` should make for phase B.
+
+    With `views="balanced"` an image gets as many views as phase B draws it over all epochs: every draw shows an
+    augmentation of its own, as if images were augmented anew in every epoch, and no view is extracted in vain. The
+    draws are known beforehand, since samplers are functions of the seed and the epoch. An image that is never drawn
+    gets no view, and a table made this way is for phase B with these args and this seed alone.
+
+    Args:
+        labels: (images,) labels of the training split.
+        args: of phase B; its sampler, epochs and batch size decide how often an image is drawn.
+        seed: as given to `train_phase_b`.
+
+    Returns:
+        `args.views`; for `"balanced"`, (images,) int64 from 0 to `args.max_views`.
+
+    Example:
+
+    >>> from ballad_hf.training.arguments import PhaseBArguments
+    >>> from ballad_hf.training.phase_b import views_per_image
+    >>> args = PhaseBArguments(epochs=2, batch_size=8, samples_per_class=1, views="balanced")
+    >>> views = views_per_image([0, 0, 0, 0, 0, 0, 1, 1], args)  # eight draws of each class
+    >>> views[:6].sum().item(), views[6:].tolist()
+    (8, [4, 4])
+    """
+    if not isinstance(args.views, str):
+        return args.views
+    if args.epochs == 0:
+        return 1
+    labels = np.asarray(labels, dtype=np.int64)
+    sampler, batch_size = phase_b_sampler(args, labels, seed), args.rows_per_step(len(labels))
+    draws = np.zeros(len(labels), dtype=np.int64)
+    for epoch in range(args.epochs):
+        draws += np.bincount(epoch_rows(sampler, epoch, batch_size), minlength=len(labels))
+    return draws if args.max_views is None else np.minimum(draws, args.max_views)
+
+
+def phase_b_sampler(args: PhaseBArguments, labels: np.ndarray, seed: int) -> EpochSampler:
+    """The sampler that the args name, over rows with these labels."""
     return build_sampler(
         args.sampler,
-        table.labels.cpu().numpy(),
+        labels,
         samples_per_class=args.samples_per_class,
         power=args.sampler_power,
         epochs=args.epochs,

@@ -329,9 +329,8 @@ def _trainings(
             own |= {"sampler": "power", "sampler_power": power}
         own_args = dataclasses.replace(args, **own)
         if power not in batches:
-            batches[power] = TableBatches(
-                table, phase_b_sampler(own_args, table, seed), args.rows_per_step(table.rows)
-            )
+            sampler = phase_b_sampler(own_args, table.labels.cpu().numpy(), seed)
+            batches[power] = TableBatches(table, sampler, args.rows_per_step(table.rows))
         yield AdapterTraining(trial.weight.to(device), trial.ratio, trial.logit_scale, batches[power], own_args)
 
 

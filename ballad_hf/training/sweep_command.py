@@ -167,7 +167,10 @@ def _parse(command_line: list[str]) -> tuple[DataArguments, PhaseBArguments, Swe
     data, prefixed, space, options, unknown = parsed
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return data, build_stage(_PHASE_B, vars(prefixed)), space, options
+    phase_b = build_stage(_PHASE_B, vars(prefixed))
+    if phase_b.views == "balanced":
+        parser.error("--phase_b_views balanced is made for one sampler and a sweep tries several: give a number.")
+    return data, phase_b, space, options
 
 
 def _tables(
@@ -188,7 +191,7 @@ def _tables(
     train = align_labels(splits.train, names)
     model.config.class_counts = train.class_counts.tolist()
     augmented: dict[str, Any] = {"image_processor": image_processor}
-    if phase_b.views > 1:
+    if phase_b.views != 1:
         transform = train_transform(image_processor, horizontal_flip=options.horizontal_flip)
         augmented = {"transform": transform, "views": phase_b.views}
     tables: dict[str, Any] = {"train": extract_features(model, train, **augmented, **common)}

@@ -31,7 +31,7 @@ from .arguments import BalladTrainingArguments
 from .callbacks import TrainingEvents
 from .phase_a import train_phase_a
 from .phase_a_state import PhaseAResult
-from .phase_b import PhaseBResult, train_phase_b
+from .phase_b import PhaseBResult, train_phase_b, views_per_image
 from .preflight import check_before_training
 from .run_directory import claim_run_directory
 from .validation import METRIC_NAMES
@@ -237,9 +237,9 @@ class BalladTrainer:
         """
         args = self.args
         options: dict[str, Any] = {}
-        if train and args.phase_b.views > 1:
+        if train and args.phase_b.views != 1:
             options = {
-                "views": args.phase_b.views,
+                "views": views_per_image(dataset.labels, args.phase_b, args.seed),
                 "transform": train_transform(
                     self.processing_class.image_processor,
                     (args.phase_a.crop_scale, 1.0),
