@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from transformers import pipeline
 
-from ballad_hf.hub.layout import LAYOUT
+from ballad_hf.hub.model_directory import LAYOUT
 from tests.conftest import example_module
 from tests.hub_server import GOOD_TOKEN, HubServer
 
