@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from ballad_hf import FeatureTable
 
 
+pytestmark = pytest.mark.numeric
+
+
 @pytest.fixture
 def heads(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
@@ -48,7 +51,9 @@ def test_logit_adjustment_takes_the_prior_out_of_the_text_logits(heads):
     text, x = torch.eye(2), torch.tensor([[0.8, 0.6]])
     table = FeatureTable(x, [0], text, logit_scale=10.0, class_counts=(90, 10))
     found = {settings["tau"]: head for settings, head in heads.BenchmarkFitting(table, 1, 0).logit_adjusted()}
-    torch.testing.assert_close(found[1.0].logits(x), torch.tensor([[8 - math.log(0.9), 6 - math.log(0.1)]]))
+    torch.testing.assert_close(
+        found[1.0].logits(x), torch.tensor([[8 - math.log(0.9), 6 - math.log(0.1)]]), rtol=1e-5, atol=1e-5
+    )
     # The head class leads by 2, and log 9 = 2.197 goes to the other: tau = 0.75 takes 1.65 of it, tau = 1 all.
     assert [int(found[tau].logits(x).argmax()) for tau in (0.25, 0.75, 1.0, 2.0)] == [0, 0, 1, 1]
 

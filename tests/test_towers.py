@@ -12,6 +12,9 @@ from ballad_hf.training.towers import ClassTexts, TrainableTowers
 from .test_dual_encoders import FAMILIES, tiny_model, tokenizer_for
 
 
+pytestmark = pytest.mark.numeric
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_projection_on_kept_features_of_its_tower_is_the_whole_tower(family, tiny_clip):
     """`train="projections"` runs the frozen text tower once; families pool and project in their own ways."""
