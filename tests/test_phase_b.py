@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import TrainerCallback
 
-from ballad_hf import ClassAwareSampler, FeatureTable, load_splits, train_phase_b
+from ballad_hf import ClassAwareSampler, FeatureTable, train_phase_b
 from ballad_hf.data.samplers import ClassWeightSampler, InstanceSampler
 from ballad_hf.features.extraction import extract_features
 from ballad_hf.training.arguments import PhaseBArguments
 from ballad_hf.training.losses import NonFiniteLossError
 from ballad_hf.training.phase_b import TableBatches, _occurrence, adapter_start, to_device_if_fits
+
+from .conftest import load_splits
 
 
 pytestmark = pytest.mark.numeric
