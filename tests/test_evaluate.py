@@ -7,10 +7,12 @@ from accelerate import Accelerator, debug_launcher
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ballad_hf import BalladForImageClassification, FeatureTable, LongTailMetrics, evaluate, load_splits
+from ballad_hf import BalladForImageClassification, FeatureTable, LongTailMetrics, evaluate
 from ballad_hf.evaluation import evaluate as evaluation
 from ballad_hf.evaluation.evaluate import align_labels, predict
 from ballad_hf.models.tiny_clip import build_tiny_clip
+
+from .conftest import load_splits
 
 
 pytestmark = pytest.mark.numeric
@@ -165,7 +167,7 @@ def test_bad_input_is_named(model):
 def test_classes_in_another_order_are_refused(model):
     images = Images(5)
     images.class_names = NAMES[:3] + NAMES[:2:-1]
-    with pytest.raises(ValueError, match=f"numbers 2 classes otherwise than the model, such as '{NAMES[4]}'"):
+    with pytest.raises(ValueError, match=f"numbers 2 classes differently from the model, such as '{NAMES[4]}'"):
         evaluate(model, images)
     images.class_names = [*NAMES[:3], "another name", "and another"]
     evaluate(model, images)  # names alone do not have to be the model's

@@ -363,7 +363,7 @@ def test_bad_requests_are_refused(model, tiny_clip, few, tmp_path):
 
 def test_classes_in_another_order_are_refused(model, tiny_clip, few):
     few.class_names = few.class_names[::-1]
-    with pytest.raises(ValueError, match="numbers 10 classes otherwise than the model, such as 'nine'"):
+    with pytest.raises(ValueError, match="numbers 10 classes differently from the model, such as 'nine'"):
         extract_features(model, few, image_processor=tiny_clip.image_processor)
 
 

@@ -13,11 +13,13 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from ballad_hf import LongTailMetrics, load_splits
+from ballad_hf import LongTailMetrics
 from ballad_hf.evaluation.predictions import Predictions
 from ballad_hf.hub import model_card
 from ballad_hf.hub.model_card import evaluation_result_file, project_url, render_model_card
 from ballad_hf.training.command_line import parse_arguments
+
+from .conftest import load_splits
 
 
 COUNTS = [500, 120, 50, 19, 3]
@@ -177,7 +179,7 @@ def test_the_card_links_the_project_of_the_metadata_and_no_package_index(tiny_ba
 
 
 def test_a_run_without_validation_says_so(tiny_ballad, results):
-    data = dict(load_splits("digits").items())
+    data = dict(load_splits("digits").dataset)
     note = "no validation split: each phase kept the weights of its last epoch"
     assert note not in str(_card(tiny_ballad, results, datasets=data))
     del data["validation"]

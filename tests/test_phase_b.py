@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import TrainerCallback
 
-from ballad_hf import ClassAwareSampler, FeatureTable, load_splits, train_phase_b
+from ballad_hf import ClassAwareSampler, FeatureTable, train_phase_b
 from ballad_hf.data.long_tail import long_tailed_counts
 from ballad_hf.data.samplers import ClassWeightSampler, EpochSampler, InstanceSampler
 from ballad_hf.features.extraction import extract_features
@@ -26,6 +26,8 @@ from ballad_hf.training.phase_b import (
     to_device_if_fits,
     views_per_image,
 )
+
+from .conftest import load_splits
 
 
 pytestmark = pytest.mark.numeric

@@ -380,7 +380,7 @@ def check_class_order(dataset: Any, class_names: Sequence[str]) -> None:
     if moved:
         raise ValueError(
             f"The dataset numbers {len(moved)} classes differently from the model, such as {moved[0]!r}: match them "
-            "by name with relabel(dataset, model.config.class_names) of ballad_hf.evaluation.relabel."
+            "by name with align_labels(dataset, model.config.class_names) of ballad_hf.evaluation.evaluate."
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from ..data.image_dataset import check_class_order
+from ..data.image_dataset import ImageDataset, as_image_dataset, check_class_order
 from ..features.scoring import adapted_logits
 from ..features.table import FeatureTable
 from ..models.class_embeddings import evaluation_mode
@@ -23,7 +23,6 @@ from .predictions import ArrayLike, Predictions
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ..data.image_dataset import ImageDataset
     from ..models.modeling_ballad import BalladForImageClassification
 
 # A table is scored in batches of about this many logits.
@@ -32,7 +31,7 @@ _LOGITS_PER_BATCH = 1 << 24
 
 def evaluate(
     model_or_table: BalladForImageClassification | FeatureTable,
-    dataset: ImageDataset | None = None,
+    dataset: Any = None,
     processing_class: Any = None,
     *,
     split: str | None = None,
@@ -106,7 +105,7 @@ def evaluate(
 
 def predict(
     model_or_table: BalladForImageClassification | FeatureTable,
-    dataset: ImageDataset | None = None,
+    dataset: Any = None,
     processing_class: Any = None,
     *,
     split: str | None = None,
@@ -148,6 +147,7 @@ def predict(
         raise ValueError(f"batch_size is {batch_size}: choose 1 or more.")
     if num_workers < 0:
         raise ValueError(f"num_workers is {num_workers}: choose 0 (load in this process) or more.")
+    dataset = as_image_dataset(dataset)
     if not unknown:
         check_class_order(dataset, model.config.class_names)
     if transform is None and processing_class is not None:
@@ -166,7 +166,7 @@ def predict(
     return _gathered(shard, len(dataset), accelerator).of_split(dataset.fingerprint(), split)
 
 
-def align_labels(dataset: ImageDataset, class_names: Sequence[str]) -> ImageDataset:
+def align_labels(dataset: Any, class_names: Sequence[str]) -> ImageDataset:
     """Renumber the labels of a dataset to those of a model, matching classes by name.
 
     Args:
@@ -188,7 +188,8 @@ def align_labels(dataset: ImageDataset, class_names: Sequence[str]) -> ImageData
     >>> bool((aligned.labels == 9 - digits.labels).all())
     True
     """
-    if list(dataset.class_names) == list(class_names):
+    dataset = as_image_dataset(dataset)
+    if dataset.class_names == list(class_names):
         return dataset
     label_of = {name: index for index, name in enumerate(class_names)}
     present = {dataset.class_names[index] for index in np.unique(dataset.labels)}

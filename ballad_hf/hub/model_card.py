@@ -7,20 +7,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from ..data.image_dataset import as_image_dataset
 from ..evaluation.intervals import confidence_intervals
 from ..evaluation.metrics import GROUPS, LongTailMetrics
 from ..evaluation.summary import ABSENT, COLUMNS, FURTHER, images_of, names_of, percent, verdict
 from ..models.modeling_ballad import BalladForImageClassification
 from .model_directory import LAYOUT, installed_versions
 
-
-if TYPE_CHECKING:
-    from ..data.image_dataset import ImageDataset
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 HEADLINES = {
@@ -52,7 +50,7 @@ def render_model_card(
     *,
     dataset_name: str,
     arguments: Mapping[str, Any],
-    datasets: Mapping[str, ImageDataset] | None = None,
+    datasets: Mapping[str, Any] | None = None,
     seeds: int | Sequence[int],
     model_id: str | None = None,
     base_model: str | None = None,
@@ -344,10 +342,11 @@ def _shown_plots(plots: Iterable[str | Path]) -> list[str]:
     ]
 
 
-def _datasets_table(datasets: Mapping[str, ImageDataset] | None) -> str | None:
+def _datasets_table(datasets: Mapping[str, Any] | None) -> str | None:
     if not datasets:
         return None
-    rows = [[_escaped(split), str(len(data)), f"`{data.fingerprint()}`"] for split, data in datasets.items()]
+    images = {split: as_image_dataset(data) for split, data in datasets.items()}
+    rows = [[_escaped(split), str(len(data)), f"`{data.fingerprint()}`"] for split, data in images.items()]
     table = _markdown_table(["split", "images", "fingerprint"], rows)
     if "validation" in datasets:
         return table
