@@ -166,9 +166,9 @@ def test_staging_folders_of_killed_processes_are_removed_and_those_of_running_on
     ],
 )
 def test_a_full_disk_in_any_words_is_named_with_the_path(error):
-    with pytest.raises(OSError, match="Could not write out/plots: No space left.*Free some space") as caught:
-        with explain_full_disk("out/plots"):
-            raise error
+    message = "Could not write out/plots: No space left.*Free some space"
+    with pytest.raises(OSError, match=message) as caught, explain_full_disk("out/plots"):
+        raise error
     assert caught.value.errno == errno.ENOSPC
 
 

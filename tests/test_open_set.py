@@ -17,7 +17,6 @@ from .test_evaluate import Images
 pytestmark = pytest.mark.numeric
 
 
-
 def _predictions(labels, predicted, confidence, classes=3):
     """Predictions with the given confidence: a logit of log(p (c - 1) / (1 - p)) against zeros."""
     confidence = np.asarray(confidence, dtype=np.float64)

@@ -14,7 +14,6 @@ from ballad_hf.evaluation.predictions import Predictions
 pytestmark = pytest.mark.numeric
 
 
-
 def _some(images=7, classes=4, seed=0):
     rng = np.random.default_rng(seed)
     return Predictions.from_logits(rng.normal(size=(images, classes)), rng.integers(0, classes, images))
