@@ -438,9 +438,7 @@ def test_local_paths_are_cut_in_every_file_that_shows_them(tmp_path):
     (tmp_path / "arguments.yaml").write_text(yaml.safe_dump(ARGUMENTS))
     record = {"arguments": {**ARGUMENTS, "paths": ["/srv/cache"]}, "seed": 3}
     (tmp_path / "training_arguments.json").write_text(json.dumps(record))
-    report = (
-        "<pre>dataset: /home/me/birds &amp; co\noutput_dir: /home/me/birds &amp; co/outputs/mine\n/srv/cache</pre>"
-    )
+    report = "<pre>dataset: /home/me/birds &amp; co\n/home/me/birds &amp; co/outputs/mine\n/srv/cache</pre>"
     (tmp_path / "report.html").write_text(report)
     public = without_local_paths(tmp_path)
     expected = {**ARGUMENTS, "dataset": "birds & co", "image_root": "images", "output_dir": "mine"}

@@ -13,7 +13,6 @@ p-value comes from drawing the winners at random.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from matplotlib.ticker import FuncFormatter
 from scipy.stats import binomtest
 
 from ..commands.errors import errors_in_one_line
-from ..files import explain_full_disk, write_text
+from ..files import explain_full_disk, write_json
 from .intervals import Interval, confidence_intervals
 from .metrics import GROUPS, LongTailMetrics
 from .plots import draw, drawable, save_figure, short
@@ -279,7 +278,7 @@ def main(command_line: Sequence[str]) -> None:
             name: {metric: asdict(gain) for metric, gain in gains.items()} for name, gains in differences.items()
         },
     }
-    write_text(folder / COMPARISON_FILE, json.dumps(content, indent=2) + "\n")
+    write_json(folder / COMPARISON_FILE, content)
     print(comparison_text(runs, differences))
     print(f"\nSaved the plot to {files[0]}")
 

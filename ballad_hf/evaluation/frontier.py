@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import explain_full_disk, write_text
 from .summary import align, percent
 
 
@@ -138,7 +139,7 @@ class Frontier:
     def save(self, path: str | Path) -> Path:
         """Write it as a JSON file."""
         path = Path(path)
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
         return path
 
     @classmethod
@@ -173,7 +174,7 @@ def plot_frontier(frontier: Frontier) -> Figure:
 
     from .plots import BLUE, GREY, INK, VERMILION, draw
 
-    as_percent = FuncFormatter(lambda value, _: f"{100 * value:.3g} %" if -1e-9 <= value <= 1 + 1e-9 else "")
+    as_percent = FuncFormatter(lambda value, _: f"{100 * value:.3g}%" if -1e-9 <= value <= 1 + 1e-9 else "")
     pairs = [frontier.pair(point) for point in frontier.points]  # (many, few) of each
     best = frontier.best()
 
@@ -198,7 +199,11 @@ def plot_frontier(frontier: Frontier) -> Figure:
                 zorder=3,
                 label=f"chosen, ratio {point.ratio:g}",
             )
-        axes.set(title="Head against tail", xlabel="accuracy, many-shot classes", ylabel="accuracy, few-shot classes")
+        axes.set(
+            title="Head against tail on validation images",
+            xlabel="accuracy, many-shot classes",
+            ylabel="accuracy, few-shot classes",
+        )
         axes.xaxis.set_major_formatter(as_percent)
         axes.yaxis.set_major_formatter(as_percent)
         axes.margins(0.08)
@@ -231,5 +236,6 @@ def save_frontier(frontier: Frontier, folder: str | Path) -> list[Path]:
     if frontier.has_both_groups:
         from .plots import save_figure
 
-        files += save_figure(plot_frontier(frontier), folder / "frontier")
+        with explain_full_disk(folder):
+            files += save_figure(plot_frontier(frontier), folder / "frontier")
     return files

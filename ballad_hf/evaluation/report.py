@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from ..files import explain_full_disk, write_text
+from ..files import explain_full_disk, read_json, write_json, write_text
 from .intervals import Interval, bootstrap_intervals, confidence_intervals
 from .metrics import LongTailMetrics
 from .mistakes import (
@@ -152,9 +151,8 @@ def write_results(
         for name, kept in predictions.items():
             kept.save(folder / PREDICTIONS_FOLDER / files[name])
     metrics = {name: row.to_dict() for name, row in results.items()}
-    text = json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False)
     # The plots need the most space and come last: on a full disk the metrics are there already.
-    write_text(folder / METRICS_FILE, text + "\n")
+    write_json(folder / METRICS_FILE, metrics)
     write_class_csv(folder / CLASSES_FILE, results)
     if dataset is not None:
         class_names = list(results.values())[-1].class_names
@@ -194,7 +192,7 @@ def read_results(folder: str | Path) -> dict[str, StageResult]:
         )
     stages = {}
     try:
-        for name, values in json.loads(file.read_text(encoding="utf-8")).items():
+        for name, values in read_json(file).items():
             stages[name] = StageResult(LongTailMetrics.from_dict(values), None)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} does not hold the metrics of stages: {error}") from error

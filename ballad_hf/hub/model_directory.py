@@ -7,7 +7,6 @@ The layout is stated once, in [`ModelDirectoryLayout`]. The stock pipelines of t
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -23,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from ..files import StagingFolder, explain_full_disk, remove_staging_folders
+from ..files import StagingFolder, explain_full_disk, read_json, remove_staging_folders, write_json
 from ..models.modeling_ballad import BalladForImageClassification
 
 
@@ -185,7 +184,7 @@ def save_model_directory(
             if card is not None:
                 (staging / LAYOUT.card).write_text(str(card), encoding="utf-8")
             if arguments is not None:
-                _write_json(staging / LAYOUT.arguments, run_record(arguments))
+                write_json(staging / LAYOUT.arguments, run_record(arguments))
             _move_into_place(staging, folder)
     except BaseException:
         if is_new and not any(folder.iterdir()):
@@ -280,10 +279,10 @@ def _write_model(
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
     # A model loaded from a repository with code would name files that this folder does not have.
-    config = json.loads((folder / LAYOUT.config).read_text(encoding="utf-8"))
+    config = read_json(folder / LAYOUT.config)
     dangling = [name for name in ("auto_map", "custom_pipelines") if config.pop(name, None) is not None]
     if dangling:
-        _write_json(folder / LAYOUT.config, config)
+        write_json(folder / LAYOUT.config, config)
 
 
 def _move_into_place(staging: Path, folder: Path) -> None:
@@ -317,12 +316,9 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / name).is_file():
         raise FileNotFoundError(_missing(folder, name))
     try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return read_json(folder / name)
+    except ValueError as error:
         raise ValueError(_damaged(folder, name, error)) from error
-    if not isinstance(content, dict):
-        raise ValueError(_damaged(folder, name, f"it holds a {type(content).__name__}, not an object"))
-    return content
 
 
 def _missing(folder: Path, name: str) -> str:
@@ -334,11 +330,6 @@ def _missing(folder: Path, name: str) -> str:
 
 def _damaged(folder: Path, name: str, reason: object) -> str:
     return f"{folder / name} is damaged ({reason}): save the model again, or download it again."
-
-
-def _write_json(file: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    file.write_text(text + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
