@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models.class_embeddings import check_class_names, evaluation_mode, tokenize_prompts
 from ..models.configuration_ballad import DEFAULT_TEMPLATE, check_templates
 from ..models.configuration_joined_towers import JoinedTowersConfig
-from ..models.label_bank import check_class_names, evaluation_mode, tokenize_prompts
 from ..models.modeling_joined_towers import JoinedTowersModel, mean_embeddings
 
 
@@ -154,9 +154,8 @@ def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
 
 def _embed(prompts: Sequence[str], model: JoinedTowersModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Sentence embeddings in float64: (prompts, hidden), rows of length 1."""
-    order = sorted(
-        range(len(prompts)), key=lambda index: len(prompts[index])
-    )  # so that a batch carries little padding
+    # Sorted by length, so that a batch carries little padding.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     embeds = torch.empty(len(prompts), model.text_model.anchors.shape[1], dtype=torch.float64)
     for start in range(0, len(order), _PROMPTS_A_BATCH):
         batch = order[start : start + _PROMPTS_A_BATCH]

@@ -53,10 +53,8 @@ class EfficientNetLiteConfig(PreTrainedConfig):
         self.validate_architecture()
 
     def validate_architecture(self):
-        stages = {
-            name: list(getattr(self, name))
-            for name in ("depths", "widths", "kernel_sizes", "strides", "expand_ratios")
-        }
+        names = ("depths", "widths", "kernel_sizes", "strides", "expand_ratios")
+        stages = {name: list(getattr(self, name)) for name in names}
         if not stages["depths"] or len({len(values) for values in stages.values()}) > 1:
             raise ValueError(
                 f"The stages of this EfficientNet-Lite are {stages}: give one value for each stage in every list."

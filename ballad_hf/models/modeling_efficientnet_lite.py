@@ -27,31 +27,30 @@ class ConvNorm(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, kernel_size: int, stride: int, groups: int, eps: float):
         super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels, channels, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False
-        )
+        self.conv = nn.Conv2d(in_channels, channels, kernel_size, stride, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(channels, eps=eps, momentum=0.01)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.norm.training:
-            return self.norm(self._convolve(hidden, self.conv.weight, None))
-        scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)  # (out,)
-        shift = self.norm.bias - scale * self.norm.running_mean  # (out,)
+        norm = self.norm
+        if norm.training:
+            return norm(self._convolve(hidden, self.conv.weight, None))
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # (out,)
+        shift = norm.bias - scale * norm.running_mean  # (out,)
         return self._convolve(hidden, self.conv.weight * scale[:, None, None, None], shift)
 
     def _convolve(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        stride, padding = self.conv.stride[0], self.conv.padding[0]
+        stride, padding = self.conv.stride[0], self.conv.kernel_size[0] // 2
         if stride > 1:
-            hidden, padding = _pad_same(hidden, 2 * padding + 1, stride), 0
+            hidden, padding = _pad_same(hidden, self.conv.kernel_size[0], stride), 0
         return F.conv2d(hidden, weight, bias, stride, padding, groups=self.conv.groups)
 
 
 def _pad_same(hidden: torch.Tensor, kernel_size: int, stride: int) -> torch.Tensor:
     """TensorFlow's "SAME": as much padding as the last window needs, the odd pixel at the bottom and on the right."""
-    height, width = hidden.shape[-2:]
-    rows, columns = (
-        (kernel_size - stride if size % stride == 0 else kernel_size - size % stride) for size in (height, width)
-    )
+    missing = [(-(-size // stride) - 1) * stride + kernel_size - size for size in hidden.shape[-2:]]
+    rows, columns = (max(0, pixels) for pixels in missing)
     return F.pad(hidden, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 

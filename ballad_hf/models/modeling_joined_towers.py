@@ -4,7 +4,7 @@ The image tower `f` was trained with one weight row `w_k` a class, and a sentenc
 `e_k` for the prompt of each class name. A text's feature is what kernel ridge regression from prompts to centred rows
 predicts for it (Saunders et al., 1998; with a linear kernel it is ESZSL, Romera-Paredes and Torr, 2015):
 
-    t(s) = sum_k a_k * exp(g * (e(s) . e_k - 1)),      a = (K + r I)^-1 (w - mean w),      K_jk = exp(g * (e_j . e_k - 1))
+    t(s) = sum_k a_k k(e(s), e_k),  a = (K + r I)^-1 (w - mean w),  k(u, v) = exp(g (u . v - 1)),  K_jk = k(e_j, e_k)
 
 so that `cos(f(x), t(s))` scores an image against any text. In the model, the kernel values against the anchors `e_k`
 are the pooled output of the text tower, and `a` is the text projection. `conversion/join_towers.py` computes both.
@@ -129,9 +129,8 @@ class JoinedTowersModel(JoinedTowersPreTrainedModel):
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Projected image features, not normalised, in `.pooler_output`: (batch, projection_dim)."""
         output = self.vision_model(pixel_values=pixel_values, **kwargs)
-        features = self.visual_projection(
-            output.pooler_output.flatten(1)
-        )  # convolutional towers keep (batch, d, 1, 1)
+        # Convolutional towers of transformers pool to (batch, width, 1, 1).
+        features = self.visual_projection(output.pooler_output.flatten(1))  # (batch, dim)
         return BaseModelOutputWithPooling(last_hidden_state=output.last_hidden_state, pooler_output=features)
 
     def get_text_features(
