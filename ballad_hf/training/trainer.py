@@ -31,7 +31,7 @@ from .arguments import BalladTrainingArguments
 from .callbacks import TrainingEvents
 from .phase_a import train_phase_a
 from .phase_a_state import PhaseAResult
-from .phase_b import PhaseBResult, train_phase_b, views_per_image
+from .phase_b import PhaseBResult, train_phase_b, views_per_image, views_per_image
 from .preflight import check_before_training
 from .run_directory import claim_run_directory
 from .validation import METRIC_NAMES
@@ -235,7 +235,7 @@ class BalladTrainer:
             dataset: as `train_dataset`.
             train: make the augmented views that `args.phase_b.views` asks for.
         """
-        args = self.args
+        args, dataset = self.args, as_image_dataset(dataset)
         options: dict[str, Any] = {}
         if train and args.phase_b.views != 1:
             options = {
@@ -435,4 +435,6 @@ def _reporting_callbacks(report_to: Sequence[str]) -> list[TrainerCallback]:
             callbacks += [callback() for callback in get_reporting_integration_callbacks([tracker])]
         except RuntimeError as error:
             raise ImportError(f"report_to names {tracker!r}, which is not installed: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"report_to is {tracker!r}: {error}") from error
     return callbacks
