@@ -20,6 +20,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
 from ballad_hf import LongTailMetrics, load_splits
 from ballad_hf.command_errors import errors_in_one_line
+from ballad_hf.conversion.convert import load_ballad
 from ballad_hf.data.transforms import evaluation_transform, five_crop_transform
 from ballad_hf.evaluation.evaluate import align_labels, predict
 from ballad_hf.evaluation.intervals import confidence_intervals
@@ -27,7 +28,6 @@ from ballad_hf.evaluation.open_set import open_set_metrics, threshold_that_keeps
 from ballad_hf.evaluation.predictions import Predictions
 from ballad_hf.evaluation.report import check_results_folder, write_results
 from ballad_hf.evaluation.summary import metrics_table, percent, verdict
-from ballad_hf.models.conversion import load_ballad
 from ballad_hf.training.arguments import DataArguments
 
 

@@ -23,6 +23,8 @@ from ballad_hf import (
     train_phase_b,
 )
 from ballad_hf.command_errors import errors_in_one_line
+from ballad_hf.conversion.dual_encoders import load_dual_encoder, load_image_processor, load_tokenizer
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.data.transforms import train_transform
 from ballad_hf.data.unreadable import check_pictures
 from ballad_hf.evaluation.evaluate import predict
@@ -31,8 +33,6 @@ from ballad_hf.evaluation.summary import metrics_table, verdict
 from ballad_hf.hub.model_card import render_model_card
 from ballad_hf.hub.model_directory import save_model_directory
 from ballad_hf.hub.push import CheckpointPusher, PushError, check_push
-from ballad_hf.models.dual_encoders import load_dual_encoder, load_image_processor, load_tokenizer
-from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training.command_line import parse_arguments
 from ballad_hf.training.preflight import check_before_training
 from ballad_hf.training.run_folder import claim_run_folder

@@ -8,9 +8,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ballad_hf import BalladForImageClassification, FeatureTable, LongTailMetrics, evaluate, load_splits
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.evaluation import evaluate as evaluation
 from ballad_hf.evaluation.evaluate import align_labels, predict
-from ballad_hf.models.tiny_clip import build_tiny_clip
 
 
 pytestmark = pytest.mark.numeric

@@ -13,12 +13,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ballad_hf import BalladForImageClassification, evaluate, extract_features, load_splits
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.data.transforms import evaluation_transform, five_crop_transform, train_transform
 from ballad_hf.features import extraction
 from ballad_hf.features import shards as disk
 from ballad_hf.features.cache import FeatureCache
 from ballad_hf.features.extraction import view_seeds
-from ballad_hf.models.tiny_clip import build_tiny_clip
 
 
 pytestmark = pytest.mark.numeric

@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from ballad_hf import BalladForImageClassification, train_phase_a
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.data import transforms
 from ballad_hf.data.picture_stores import ArrayPictures
 from ballad_hf.data.splits import ImageSplit, Splits
 from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
-from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training import phase_a_loop
 from ballad_hf.training.arguments import PhaseAArguments
 from ballad_hf.training.checkpointing import TrainingInterrupted

@@ -12,9 +12,9 @@ from accelerate import Accelerator, debug_launcher
 from torch.multiprocessing import ProcessExitedException
 
 from ballad_hf import BalladForImageClassification, train_phase_a
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.data.picture_stores import ArrayPictures
 from ballad_hf.data.splits import ImageSplit, Splits
-from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training import checkpointing
 from ballad_hf.training.arguments import PhaseAArguments
 from ballad_hf.training.phase_a_loop import PhaseALoop

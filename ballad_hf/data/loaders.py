@@ -43,7 +43,7 @@ def train_loader(
     >>> from ballad_hf import ClassAwareSampler, load_splits
     >>> from ballad_hf.data.loaders import train_loader
     >>> from ballad_hf.data.transforms import train_transform
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> train = load_splits("digits").train.with_transform(train_transform(build_tiny_clip().image_processor))
     >>> batch = next(iter(train_loader(train, ClassAwareSampler(train.labels, 2), batch_size=8)))
     >>> batch["pixel_values"].shape, batch["labels"].shape
@@ -94,7 +94,7 @@ def epoch_batches(loader: DataLoader, epoch: int, batches_done: int = 0) -> Iter
     >>> from ballad_hf.data.loaders import epoch_batches, train_loader
     >>> from ballad_hf.data.samplers import InstanceSampler
     >>> from ballad_hf.data.transforms import evaluation_transform
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> transform = evaluation_transform(build_tiny_clip().image_processor)
     >>> split = load_splits("digits").validation.with_transform(transform)
     >>> loader = train_loader(split, InstanceSampler(split.labels), batch_size=50)

@@ -85,7 +85,7 @@ def extract_features(
     Example:
 
     >>> from ballad_hf import BalladForImageClassification, extract_features, load_splits
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> clip, tokenizer, image_processor = build_tiny_clip(layers=1)
     >>> splits = load_splits("digits")
     >>> model = BalladForImageClassification.from_dual_encoder(clip, splits.class_names, tokenizer)

@@ -86,7 +86,7 @@ def train_phase_a(
     Example:
 
     >>> from ballad_hf import BalladForImageClassification, load_splits, train_phase_a
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> from ballad_hf.training.arguments import PhaseAArguments
     >>> clip, tokenizer, image_processor = build_tiny_clip(width=32, layers=1, patch_size=16)
     >>> splits = load_splits("digits")

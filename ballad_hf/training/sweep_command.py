@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
 from ..command_errors import errors_in_one_line
+from ..conversion.convert import load_ballad
 from ..data.sources import load_splits
 from ..data.transforms import five_crop_transform, train_transform
 from ..evaluation.evaluate import align_labels, evaluate
@@ -31,7 +32,6 @@ from ..evaluation.metrics import LongTailMetrics
 from ..evaluation.summary import metrics_table
 from ..features.extraction import extract_features
 from ..features.table import FeatureTable
-from ..models.conversion import load_ballad
 from ..models.modeling_ballad import BalladForImageClassification
 from .arguments import DataArguments, PhaseBArguments
 from .command_line import Stage, build_stage, on_the_command_line

@@ -163,14 +163,13 @@ def load_image_processor(name_or_path: str | os.PathLike, clip_config: PreTraine
         clip_config: of the dual encoder.
         hub: what finds files, such as `revision` and `token`.
     """
-    size = clip_config.vision_config.image_size
     if Path(name_or_path).is_file():
-        return clip_image_processor(size)
+        return clip_image_processor(clip_config.vision_config.image_size)
     open_clip_config = _find(name_or_path, CONFIG_FILE, hub) if find_model_type(name_or_path, hub) is None else None
     if open_clip_config is None:
         return AutoImageProcessor.from_pretrained(name_or_path, **hub)
     preprocess_cfg = _read_json(open_clip_config).get("preprocess_cfg") or {}
-    return clip_image_processor(size, **image_processor_values(preprocess_cfg))
+    return clip_image_processor(clip_config.vision_config.image_size, **image_processor_values(preprocess_cfg))
 
 
 def clip_image_processor(
@@ -192,7 +191,7 @@ def clip_image_processor(
     Example:
 
     >>> from ballad_hf import CLIPResNetConfig
-    >>> from ballad_hf.models.dual_encoders import clip_image_processor
+    >>> from ballad_hf.conversion.dual_encoders import clip_image_processor
     >>> processor = clip_image_processor(CLIPResNetConfig.from_preset("RN50x4").vision_config.image_size)
     >>> processor.crop_size["height"]
     288
