@@ -43,7 +43,6 @@ from ballad_hf.evaluation.evaluate import evaluate
 from ballad_hf.evaluation.frontier import save_frontier
 from ballad_hf.models.configuration_clip_resnet import CLIPResNetConfig
 from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
-from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training.arguments import PhaseAArguments, PhaseBArguments
 from ballad_hf.training.heads import head_metrics
 from ballad_hf.training.phase_a import train_phase_a

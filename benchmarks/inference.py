@@ -16,8 +16,8 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.pipelines import ZeroShotImageClassificationPipeline
 
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.inference import CachedZeroShotImageClassificationPipeline
-from ballad_hf.models.tiny_clip import build_tiny_clip
 
 
 def main() -> None:

@@ -103,7 +103,7 @@ def draw_pixels(case: Case) -> torch.Tensor:
 
 def naive_step(case: Case) -> Callable[[torch.Tensor], float]:
     """The official step, plainly: a function of the labels that does one update and returns the loss."""
-    from ballad_hf.models.tiny_clip import build_tiny_clip
+    from ballad_hf.conversion.tiny_clip import build_tiny_clip
 
     tokenizer = build_tiny_clip(words=[*WORDS, "photo", "of"]).tokenizer
     clip = build_clip(case.size, len(tokenizer), tokenizer.eos_token_id, seed=case.seed).to(case.device)
@@ -135,7 +135,7 @@ def our_step(case: Case, way: Way) -> Callable[[torch.Tensor], float]:
     from ballad_hf import BalladForImageClassification
     from ballad_hf.data.image_dataset import ImageDataset
     from ballad_hf.data.long_tail import long_tailed_counts
-    from ballad_hf.models.tiny_clip import build_tiny_clip
+    from ballad_hf.conversion.tiny_clip import build_tiny_clip
     from ballad_hf.training.arguments import PhaseAArguments
     from ballad_hf.training.phase_a_setup import set_training_mode, set_up_phase_a
 

@@ -69,7 +69,7 @@ def peak_memory(device: str) -> float:
 
 def build(case: Case) -> tuple[Any, Any]:
     """The dual encoder and its tokenizer."""
-    from ballad_hf.models.tiny_clip import build_tiny_clip
+    from ballad_hf.conversion.tiny_clip import build_tiny_clip
 
     tokenizer = build_tiny_clip(words=[*WORDS, "photo", "of"]).tokenizer
     clip = build_clip(case.size, len(tokenizer), tokenizer.eos_token_id, seed=case.seed).to(case.device)
@@ -113,7 +113,7 @@ def our_way(case: Case) -> dict[str, float]:
     """Seconds of the extraction and of the training, steps of the training, and the peak memory."""
     from ballad_hf import BalladForImageClassification, extract_features, train_phase_b
     from ballad_hf.data.image_dataset import ImageDataset
-    from ballad_hf.models.dual_encoders import clip_image_processor
+    from ballad_hf.conversion.dual_encoders import clip_image_processor
     from ballad_hf.training.arguments import PhaseBArguments
 
     clip, tokenizer = build(case)
@@ -138,7 +138,7 @@ def our_way(case: Case) -> dict[str, float]:
 def time_sweep(rows: int, dim: int, classes: int, settings: int, epochs: int, device: str) -> dict[str, float]:
     """Seconds of a sweep, and of one that drops its weaker half."""
     from ballad_hf import BalladForImageClassification, FeatureTable
-    from ballad_hf.models.tiny_clip import build_tiny_clip
+    from ballad_hf.conversion.tiny_clip import build_tiny_clip
     from ballad_hf.training.arguments import PhaseBArguments
     from ballad_hf.training.sweep import SweepSpace, sweep_phase_b
 

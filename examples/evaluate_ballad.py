@@ -27,7 +27,6 @@ from ballad_hf.evaluation.open_set import open_set_metrics, threshold_that_keeps
 from ballad_hf.evaluation.predictions import Predictions
 from ballad_hf.evaluation.report import check_results_folder, write_results
 from ballad_hf.evaluation.summary import metrics_table, percent, verdict
-from ballad_hf.models.conversion import load_ballad
 from ballad_hf.training.arguments import DataArguments
 
 

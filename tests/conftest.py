@@ -17,7 +17,7 @@ import torch
 from transformers import CLIPProcessor
 
 from ballad_hf import BalladForImageClassification, as_image_dataset, load_image_dataset
-from ballad_hf.models.tiny_clip import DualEncoder, build_tiny_clip
+from ballad_hf.conversion.tiny_clip import DualEncoder, build_tiny_clip
 
 
 CLASS_NAMES = ["cat", "dog", "owl", "red fox", "zebra"]

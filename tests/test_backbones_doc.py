@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ballad_hf.conversion.convert import _parser
 from ballad_hf.models.configuration_clip_resnet import PRESETS
-from ballad_hf.models.conversion import _parser
 
 from .test_configuration_clip_resnet import PUBLISHED
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
-from ballad_hf.models.checkpoint_files import read_checkpoint
+from ballad_hf.conversion.checkpoint_files import read_checkpoint
 
 from .reference import openai_file
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig
 
 from ballad_hf import CLIPResNetConfig, CLIPResNetModel
+from ballad_hf.conversion.dual_encoders import clip_image_processor
 from ballad_hf.models.configuration_clip_resnet import PRESETS, CLIPResNetVisionConfig
-from ballad_hf.models.dual_encoders import clip_image_processor
 
 
 def image_tower(depths, width, cells, projection_dim):

@@ -16,8 +16,8 @@ from ballad_hf import (
     convert_official_ballad,
     convert_openai_clip,
 )
+from ballad_hf.conversion.convert import convert_open_clip, convert_to_clip, convert_to_vision_only, main, whole_folder
 from ballad_hf.hub.model_directory import save_model_directory
-from ballad_hf.models.conversion import convert_open_clip, convert_to_clip, convert_to_vision_only, main, whole_folder
 
 from .conftest import CLASS_NAMES
 from .reference import (
@@ -301,7 +301,7 @@ def test_the_open_clip_converter_keeps_the_preprocessing(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_as_a_module_in_a_process_of_its_own(tmp_path):
-    command = [sys.executable, "-W", "error", "-m", "ballad_hf.models.conversion", "openai", str(openai_file("vit"))]
+    command = [sys.executable, "-W", "error", "-m", "ballad_hf.conversion.convert", "openai", str(openai_file("vit"))]
     options = ["--no-tokenizer", "--text-attention-heads", str(TEXT_HEADS)]
     done = subprocess.run([*command, str(tmp_path / "clip"), *options], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ballad_hf import BalladForImageClassification
-from ballad_hf.models.dual_encoders import (
+from ballad_hf.conversion.dual_encoders import (
     check_interface,
     clip_image_processor,
     load_dual_encoder,

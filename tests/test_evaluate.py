@@ -10,7 +10,6 @@ from tqdm.auto import tqdm
 from ballad_hf import BalladForImageClassification, FeatureTable, LongTailMetrics, evaluate
 from ballad_hf.evaluation import evaluate as evaluation
 from ballad_hf.evaluation.evaluate import align_labels, predict
-from ballad_hf.models.tiny_clip import build_tiny_clip
 
 from .conftest import load_splits
 

@@ -11,7 +11,6 @@ from ballad_hf.data.transforms import five_crop_transform
 from ballad_hf.evaluation.evaluate import align_labels
 from ballad_hf.evaluation.report import read_results
 from ballad_hf.hub.model_directory import save_model_directory
-from ballad_hf.models.tiny_clip import build_tiny_clip
 
 from .conftest import example_module, load_splits
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModel, CLIPModel, SiglipConfig, SiglipModel
 
 from ballad_hf import BalladForImageClassification, CLIPResNetModel, convert_official_ballad
-from ballad_hf.models.dual_encoders import load_openai_clip
+from ballad_hf.conversion.dual_encoders import load_openai_clip
 
 from .conftest import CLASS_NAMES
 from .reference import KINDS, TEXT_HEADS, assert_agrees, expected, official_file, openai_file
@@ -128,5 +128,5 @@ def test_siglip_has_nothing_to_fold_into():
 
 def test_a_vision_only_model_is_no_dual_encoder_to_fold(tiny_ballad):
     tiny_ballad.remove_text_tower()
-    with pytest.raises(ValueError, match="no text tower to make a dual encoder of"):
+    with pytest.raises(ValueError, match="without its text tower.*fold the full model"):
         tiny_ballad.fold_adapter()

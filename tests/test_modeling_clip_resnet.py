@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from ballad_hf import BalladForImageClassification, CLIPResNetConfig, CLIPResNetModel
-from ballad_hf.models.dual_encoders import clip_image_processor, load_openai_clip
+from ballad_hf.conversion.dual_encoders import clip_image_processor, load_openai_clip
 from ballad_hf.models.modeling_clip_resnet import (
     CLIPResNetAttentionPool,
     CLIPResNetBottleneck,

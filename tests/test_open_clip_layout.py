@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from transformers import CLIPModel
 
 from ballad_hf import BalladForImageClassification, CLIPResNetConfig, CLIPResNetModel
-from ballad_hf.models.dual_encoders import load_dual_encoder, load_image_processor
-from ballad_hf.models.open_clip_layout import config_from_open_clip, image_processor_values
+from ballad_hf.conversion.dual_encoders import load_dual_encoder, load_image_processor
+from ballad_hf.conversion.open_clip_layout import config_from_open_clip, image_processor_values
 
 from .reference import KINDS, assert_is_the_original, openai_state
 

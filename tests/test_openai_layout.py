@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPModel
 
 from ballad_hf import CLIPResNetModel
-from ballad_hf.models.openai_layout import infer_config, model_from_state, strip_data_parallel
+from ballad_hf.conversion.openai_layout import infer_config, model_from_state, strip_data_parallel
 
 from .reference import KINDS, TEXT_HEADS, assert_is_the_original, openai_state
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.models.configuration_clip_resnet import CLIPResNetConfig
 from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
-from ballad_hf.models.tiny_clip import build_tiny_clip
 from ballad_hf.training.arguments import PhaseAArguments
 from ballad_hf.training.optimization import (
     build_optimizer,

@@ -12,7 +12,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from ballad_hf import BalladForImageClassification, files, train_phase_a
 from ballad_hf.data.image_dataset import ImageDataset
-from ballad_hf.models.tiny_clip import build_tiny_clip
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.training.arguments import PhaseAArguments
 from ballad_hf.training.phase_a import PhaseALoop
 

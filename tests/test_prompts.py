@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.data.prompts import ClassPrompts
-from ballad_hf.models.tiny_clip import build_tiny_clip
 
 
 pytestmark = pytest.mark.numeric

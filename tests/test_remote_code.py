@@ -1,4 +1,4 @@
-"""The models room travels: its files in a model's folder serve where Ballad is not installed."""
+"""The package `models` travels: its files in a model directory serve where ballad_hf is not installed."""
 
 import ast
 import json
@@ -12,10 +12,9 @@ import torch
 
 import ballad_hf.models
 from ballad_hf import BalladConfig, BalladForImageClassification
-from ballad_hf.models.dual_encoders import clip_image_processor
+from ballad_hf.conversion.dual_encoders import clip_image_processor
 
 from .conftest import CLASS_NAMES
-from .reference import openai_file
 from .test_modeling_clip_resnet import built, tiny_config, tiny_picture
 
 
@@ -42,12 +41,12 @@ import importlib.abc, json, sys
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "ballad_hf":
-            raise ModuleNotFoundError(f"{name} is not installed here")
+            raise ModuleNotFoundError(f"{name} is not installed here", name=name)
 
 sys.meta_path.insert(0, Refuse())
-from transformers import AutoModel, AutoModelForImageClassification, pipeline
+from transformers import AutoModel, AutoModelForImageClassification, AutoProcessor, pipeline
 
-image, clip_file = sys.argv[1:]
+image = sys.argv[1]
 zero_shot = {"candidate_labels": ["cat", "dog", "owl"], "hypothesis_template": "a photo of a {}."}
 task = "zero-shot-image-classification"
 answers = {}
@@ -62,7 +61,13 @@ answers["classes"] = [
 answers["ballad"] = pipeline("image-classification", model="ballad", trust_remote_code=True)(image)
 model = AutoModelForImageClassification.from_pretrained("ballad", trust_remote_code=True)
 answers["classes"].append(type(model.fold_adapter()).__name__)
-answers["classes"].append(type(type(model).from_clip(clip_file, text_attention_heads=2).clip).__name__)
+answers["classes"].append(type(AutoModel.from_pretrained("ballad", trust_remote_code=True)).__name__)
+processor = AutoProcessor.from_pretrained("ballad", trust_remote_code=True)
+answers["processor"] = [type(processor.image_processor).__name__, type(processor.tokenizer).__name__]
+try:
+    type(model).from_clip("folded-vit")
+except ImportError as error:
+    answers["from_clip"] = str(error)
 
 assert not any(module.split(".")[0] == "ballad_hf" for module in sys.modules)
 print(json.dumps(answers))
@@ -74,14 +79,13 @@ def scores(rows: list[dict]) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_what_is_folded_and_what_brings_its_code_serves_where_ballad_cannot_be_imported(
-    tiny_ballad, tiny_clip, tmp_path, monkeypatch
-):
+def test_folded_models_and_models_with_code_work_without_the_package(tiny_ballad, tiny_clip, tmp_path, monkeypatch):
     tokenizer, processor, image = tiny_clip.tokenizer, clip_image_processor(32), tiny_picture()
     resnet = BalladForImageClassification.from_dual_encoder(built(tiny_config(tokenizer)), CLASS_NAMES, tokenizer)
     with torch.no_grad():
         resnet.adapter.linear.weight.copy_(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))
     folders = {"folded-vit": tiny_ballad.fold_adapter(), "folded-resnet": resnet.fold_adapter(), "ballad": resnet}
+    resnet.config.auto_map = {"AutoModel": "modeling_ballad.BalladModel"}
     # As `register_for_auto_class` does, for this test alone.
     monkeypatch.setattr(BalladConfig, "_auto_class", "AutoConfig")
     monkeypatch.setattr(BalladForImageClassification, "_auto_class", "AutoModelForImageClassification")
@@ -90,10 +94,14 @@ def test_what_is_folded_and_what_brings_its_code_serves_where_ballad_cannot_be_i
             part.save_pretrained(tmp_path / name)
     code = {name: {file.name for file in (tmp_path / name).glob("*.py")} for name in folders}
     assert code["folded-vit"] == set()
+    assert code["ballad"] == {
+        *("class_embeddings.py", "configuration_ballad.py", "modeling_ballad.py", "prior.py"),
+        *("configuration_clip_resnet.py", "modeling_clip_resnet.py"),
+    }
     assert code["folded-resnet"] == {"configuration_clip_resnet.py", "modeling_clip_resnet.py"}
     image.save(tmp_path / "picture.png")
     done = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_BALLAD, "picture.png", str(openai_file("vit"))],
+        [sys.executable, "-c", _WITHOUT_BALLAD, "picture.png"],
         capture_output=True,
         text=True,
         check=False,
@@ -102,7 +110,8 @@ def test_what_is_folded_and_what_brings_its_code_serves_where_ballad_cannot_be_i
     )
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)
-    assert answers["classes"] == ["CLIPModel", "CLIPResNetModel", "CLIPResNetModel", "CLIPModel"]
+    assert answers["classes"] == ["CLIPModel", "CLIPResNetModel", "CLIPResNetModel", "BalladModel"]
+    assert "pip install ballad_hf" in answers["from_clip"]
     labels = ["cat", "dog", "owl"]
     tokens = tokenizer([f"a photo of a {label}." for label in labels], padding=True, return_tensors="pt")
     pixel_values = processor(image, return_tensors="pt").pixel_values

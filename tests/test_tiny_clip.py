@@ -1,6 +1,6 @@
 import torch
 
-from ballad_hf.models.tiny_clip import build_tiny_clip
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 
 
 def test_known_words_are_one_token_and_others_are_spelt():

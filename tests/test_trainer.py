@@ -11,7 +11,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ballad_hf import BalladForImageClassification, BalladTrainer, BalladTrainingArguments, FeatureTable
 from ballad_hf.evaluation.predictions import Predictions
-from ballad_hf.models.tiny_clip import build_tiny_clip
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 
 
 NAMES = ["red", "green", "blue"]

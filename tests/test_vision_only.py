@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, pipeline
 
 from ballad_hf import BalladForImageClassification
+from ballad_hf.conversion.dual_encoders import load_openai_clip
 from ballad_hf.hub.model_directory import save_model_directory
-from ballad_hf.models.dual_encoders import load_openai_clip
-from ballad_hf.models.vision_only import RemovedTextTower, remove_text_tower
+from ballad_hf.models.modeling_ballad import RemovedTextTower, remove_text_tower
 
 from .conftest import CLASS_NAMES
 from .reference import TEXT_HEADS, expected, openai_file

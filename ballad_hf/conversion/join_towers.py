@@ -66,7 +66,7 @@ def join_towers(
     >>> import torch
     >>> from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel
     >>> from ballad_hf import join_towers
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> tokenizer = build_tiny_clip(words=["cat", "dog", "owl"]).tokenizer
     >>> image_tower = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
     >>> text = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_attention_heads=2, num_hidden_layers=1)

@@ -43,7 +43,7 @@ def train_loader(
     >>> from ballad_hf import ClassAwareSampler, as_image_dataset, load_image_dataset
     >>> from ballad_hf.data.loaders import train_loader
     >>> from ballad_hf.data.transforms import train_transform
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> train = as_image_dataset(load_image_dataset("digits")["train"])
     >>> train = train.with_transform(train_transform(build_tiny_clip().image_processor))
     >>> batch = next(iter(train_loader(train, ClassAwareSampler(train.labels, 2), batch_size=8)))
@@ -95,7 +95,7 @@ def epoch_batches(loader: DataLoader, epoch: int, batches_done: int = 0) -> Iter
     >>> from ballad_hf.data.loaders import epoch_batches, train_loader
     >>> from ballad_hf.data.samplers import InstanceSampler
     >>> from ballad_hf.data.transforms import evaluation_transform
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> transform = evaluation_transform(build_tiny_clip().image_processor)
     >>> images = as_image_dataset(load_image_dataset("digits")["validation"]).with_transform(transform)
     >>> loader = train_loader(images, InstanceSampler(images.labels), batch_size=50)

@@ -34,7 +34,7 @@ class ClassPrompts:
     Example:
 
     >>> from ballad_hf.data.prompts import ClassPrompts
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> clip, tokenizer, _ = build_tiny_clip(words=["photo", "cat", "zebra"])
     >>> own = {"zebra": ["a photo of a zebra.", "a cat"]}
     >>> prompts = ClassPrompts(["cat", "zebra"], ["a photo of a {}."], tokenizer, clip.config, own)

@@ -239,7 +239,7 @@ def evaluation_transform(image_processor: Any) -> EvaluationTransform:
 
     >>> from PIL import Image
     >>> from ballad_hf.data.transforms import evaluation_transform
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> evaluation_transform(build_tiny_clip().image_processor)(Image.new("RGB", (60, 40))).shape
     torch.Size([3, 32, 32])
     """
@@ -275,7 +275,7 @@ def train_transform(
     >>> import numpy as np
     >>> from PIL import Image
     >>> from ballad_hf.data.transforms import train_transform
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> transform = train_transform(build_tiny_clip().image_processor)
     >>> image = Image.linear_gradient("L").convert("RGB")
     >>> views = [transform(image, np.random.default_rng(seed)) for seed in (1, 1, 2)]
@@ -314,7 +314,7 @@ def five_crop_transform(image_processor: Any, expand: int | None = None) -> Five
 
     >>> from PIL import Image
     >>> from ballad_hf.data.transforms import five_crop_transform
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> five_crop_transform(build_tiny_clip().image_processor, expand=4)(Image.new("RGB", (60, 40))).shape
     torch.Size([5, 3, 32, 32])
     """

@@ -88,7 +88,7 @@ def extract_features(
     Example:
 
     >>> from ballad_hf import BalladForImageClassification, as_image_dataset, extract_features, load_image_dataset
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> clip, tokenizer, image_processor = build_tiny_clip(layers=1)
     >>> images = as_image_dataset(load_image_dataset("digits")["validation"])
     >>> model = BalladForImageClassification.from_dual_encoder(clip, images.class_names, tokenizer)

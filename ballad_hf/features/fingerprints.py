@@ -23,7 +23,7 @@ def encoder_fingerprint(model: PreTrainedModel) -> str:
 
     >>> from ballad_hf import BalladForImageClassification
     >>> from ballad_hf.features.fingerprints import encoder_fingerprint
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> model = BalladForImageClassification.from_dual_encoder(build_tiny_clip().clip)
     >>> before = encoder_fingerprint(model)
     >>> model.clip.text_projection.weight.data.zero_()[0, 0].item(), encoder_fingerprint(model) == before

@@ -89,7 +89,7 @@ def render_model_card(
 
     >>> from ballad_hf import BalladForImageClassification, LongTailMetrics
     >>> from ballad_hf.hub.model_card import render_model_card
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> clip, tokenizer, _ = build_tiny_clip(layers=1)
     >>> model = BalladForImageClassification.from_dual_encoder(clip, ["cat", "dog"], tokenizer)
     >>> metrics = LongTailMetrics.from_logits([[1.0, 0.0], [0.0, 1.0]], [0, 1], train_counts=[500, 7])

@@ -154,7 +154,7 @@ def save_model_directory(
     >>> from transformers import CLIPProcessor
     >>> from ballad_hf import BalladForImageClassification
     >>> from ballad_hf.hub.model_directory import save_model_directory
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> clip, tokenizer, image_processor = build_tiny_clip()
     >>> model = BalladForImageClassification.from_dual_encoder(clip, ["cat", "dog"], tokenizer)
     >>> processor = CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)

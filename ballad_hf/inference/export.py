@@ -81,7 +81,7 @@ def export_program(
 
     >>> from ballad_hf import BalladForImageClassification
     >>> from ballad_hf.inference.export import export_program
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> clip, tokenizer, _ = build_tiny_clip(layers=1)
     >>> model = BalladForImageClassification.from_dual_encoder(clip, ["cat", "dog"], tokenizer)
     >>> program = export_program(model)
@@ -128,7 +128,7 @@ def export_onnx(
     >>> import tempfile
     >>> from ballad_hf import BalladForImageClassification
     >>> from ballad_hf.inference.export import export_onnx
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> clip, tokenizer, image_processor = build_tiny_clip(layers=1)
     >>> model = BalladForImageClassification.from_dual_encoder(clip, ["cat", "dog"], tokenizer)
     >>> [file.name for file in export_onnx(model, tempfile.mkdtemp(), image_processor)]  # doctest: +SKIP

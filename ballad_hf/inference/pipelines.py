@@ -69,7 +69,7 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
 
     >>> from PIL import Image
     >>> from ballad_hf.inference import CachedZeroShotImageClassificationPipeline
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> clip, tokenizer, image_processor = build_tiny_clip()
     >>> classify = CachedZeroShotImageClassificationPipeline(clip, tokenizer, image_processor=image_processor)
     >>> pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]

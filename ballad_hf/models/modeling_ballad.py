@@ -9,11 +9,15 @@ and an image's logits are `scale * cos(f', t_c)` over the text embeddings `t_c` 
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import importlib
 import itertools
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +27,20 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
-from .class_embeddings import ClassEmbeddingsMixin, check_class_names, check_text_tower, pad_as_trained
+from .class_embeddings import (
+    ClassEmbeddingsMixin,
+    check_class_names,
+    check_text_tower,
+    pad_as_trained,
+    remember_padding,
+)
 from .configuration_ballad import BalladConfig
 from .prior import Prior
-from .vision_only import remove_text_tower
 
 
 logger = logging.get_logger(__name__)
 
-HALF_PRECISION = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    torch.float16: torch.float16,
-    torch.bfloat16: torch.bfloat16,
-}
+_HALF_PRECISION = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -222,6 +226,7 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
     """
 
     class_embeds: torch.Tensor
+    processing_class: Any = None  # the processor that the model came with; `processor_of` finds it otherwise
 
     def __init__(self, config: BalladConfig):
         super().__init__(config)
@@ -293,6 +298,7 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
         adapter_ratio: float = 0.2,
         adapter_init: str = "identity",
         logit_scale: float | None = None,
+        processing_class: Any = None,
         **kwargs,
     ) -> BalladForImageClassification:
         """Wrap a pretrained dual encoder.
@@ -300,36 +306,48 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
         Args:
             pretrained_model_name_or_path: a Hub name or folder of transformers (CLIP, CLIPResNet, SigLIP, ...) or
                 open_clip, or a file in OpenAI's layout; see `load_dual_encoder`.
-            class_names: the classes; their embeddings are built at once. Without, call `set_class_names` later.
-            tokenizer: default: the checkpoint's own.
+            class_names: the classes; their embeddings are made at once. Without, call `set_class_names` later.
+            tokenizer: default: the processor's, or the checkpoint's own.
             templates: prompts with `{}` for the name.
             adapter_ratio: lambda, see [`BalladConfig`].
             adapter_init: `"identity"` or `"random"`.
             logit_scale: a fixed scale, or `None` for the checkpoint's own.
+            processing_class: a processor with `image_processor` and `tokenizer`, kept as `model.processing_class`;
+                default: the checkpoint's own, where it has one.
             kwargs: for `from_pretrained`, such as `revision`, `token`, `dtype`.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
+            ImportError: the package ballad_hf is not installed, and this class came from a Hub repository.
             ValueError: it is no checkpoint, lacks weights, or is no dual encoder.
         """
-        from .dual_encoders import hub_arguments, load_dual_encoder, load_tokenizer
-
-        dtype = kwargs.get("dtype")
-        if dtype in HALF_PRECISION:  # cast at the end, as loading would round the logit scale too
+        encoders, processors = _conversion("dual_encoders"), _conversion("processors")
+        hub = encoders.hub_arguments(kwargs)
+        half = _HALF_PRECISION.get(str(kwargs.get("dtype")).removeprefix("torch."))
+        if half is not None:  # cast at the end, as loading would round the logit scale too
             kwargs["dtype"] = torch.float32
-        clip = load_dual_encoder(pretrained_model_name_or_path, **kwargs)
+        clip = encoders.load_dual_encoder(pretrained_model_name_or_path, **kwargs)
+        if tokenizer is None and processing_class is not None:
+            tokenizer = processing_class.tokenizer
         if tokenizer is None and class_names is not None:
-            tokenizer = load_tokenizer(pretrained_model_name_or_path, clip.config, **hub_arguments(kwargs))
+            tokenizer = encoders.load_tokenizer(pretrained_model_name_or_path, clip.config, **hub)
+        if processing_class is None and not os.path.isfile(pretrained_model_name_or_path):
+            # A checkpoint need not have one; whoever needs it later gets the error.
+            with contextlib.suppress(ImportError, OSError, ValueError):
+                processing_class = processors.load_processor(
+                    pretrained_model_name_or_path, clip.config, tokenizer, **hub
+                )
         model = cls.from_dual_encoder(
             clip,
             class_names=class_names,
             tokenizer=tokenizer,
+            processing_class=processing_class,
             templates=templates,
             adapter_ratio=adapter_ratio,
             adapter_init=adapter_init,
             logit_scale=logit_scale,
         )
-        return model.to(HALF_PRECISION[dtype]) if dtype in HALF_PRECISION else model
+        return model if half is None else model.to(half)
 
     @classmethod
     def from_dual_encoder(
@@ -337,6 +355,7 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
         clip: PreTrainedModel,
         class_names: Sequence[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        processing_class: Any = None,
         **config_values,
     ) -> BalladForImageClassification:
         """Wrap a dual encoder that is in memory; the arguments are those of `from_clip`. The encoder is not copied."""
@@ -347,34 +366,61 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
         dtype = next(clip.vision_model.parameters()).dtype
         model = cls._from_config(BalladConfig(clip_config=clip.config, **values), dtype=dtype)
         model.clip = clip
+        model.processing_class = processing_class
         model.to(clip.device).eval()
-        if names is None:
-            return model
-        if tokenizer is None:
-            from .dual_encoders import load_tokenizer
-
-            tokenizer = load_tokenizer(clip.config.name_or_path, clip.config)
-        model.set_class_names(names, tokenizer)
+        if tokenizer is None and processing_class is not None:
+            tokenizer = processing_class.tokenizer
+        if tokenizer is not None:
+            remember_padding(clip.config, tokenizer)
+        if names is not None:
+            if tokenizer is None:
+                tokenizer = _conversion("dual_encoders").load_tokenizer(clip.config.name_or_path, clip.config)
+            model.set_class_names(names, tokenizer)
         return model
 
+    @torch.no_grad()
     def fold_adapter(self) -> PreTrainedModel:
         """This model as a plain dual encoder, such as a `CLIPModel`, with the adapter in its image projection.
 
-        It computes the same `logits_per_image` without any code of Ballad; the class embeddings and the prior
-        correction stay behind. See `fold.py` for the formula.
+        The adapter is linear and follows a linear projection `P` (with a bias `b` in a modified ResNet), so
+
+            lambda * W (P x + b) + (1 - lambda) * (P x + b) = (A P) x + A b,   A = lambda * W + (1 - lambda) * I
+
+        for every feature x: the same `logits_per_image`, with the weights of the dual encoder alone. The class
+        embeddings and the prior correction stay behind.
+
+        Returns:
+            A copy, of the dual encoder's own class, in evaluation mode.
 
         Raises:
             ValueError: the image tower has no linear projection (SigLIP), or the text tower was removed.
         """
-        from .fold import fold_adapter
-
-        return fold_adapter(self.clip, self.adapter.linear.weight, self.config)
+        projection = getattr(self.clip, "visual_projection", None)
+        if not isinstance(projection, nn.Linear):
+            raise ValueError(
+                f"A {type(self.clip).__name__} has no linear image projection to fold the adapter into: save the "
+                "model as it is. CLIP, CLIPResNet, MetaCLIP 2, AltCLIP and Chinese-CLIP have one."
+            )
+        if not self.config.has_text_tower:
+            raise ValueError("A model without its text tower can't become a dual encoder: fold the full model.")
+        # In float64, so that the product is rounded once; on the CPU, as not every device has float64.
+        adapter = self.adapter.linear.weight.detach().cpu().double()  # (dim, dim)
+        mixed = torch.lerp(torch.eye(len(adapter), dtype=torch.float64), adapter, float(self.config.adapter_ratio))
+        folded = copy.deepcopy(self.clip).eval()
+        target = folded.visual_projection
+        target.weight.copy_(mixed @ projection.weight.detach().cpu().double())  # (dim, width)
+        if target.bias is not None:
+            target.bias.copy_(mixed @ projection.bias.detach().cpu().double())  # (dim,)
+        if self.config.logit_scale is not None:
+            folded.logit_scale.fill_(math.log(self.config.logit_scale))
+        folded.logit_scale.data = folded.logit_scale.to(target.weight.dtype)  # a stock model has one dtype
+        return folded
 
     def remove_text_tower(self) -> int:
-        """Keep the image tower, the adapter and the class embeddings, in place; the model serves its stored classes.
+        """Remove the text tower, in place: the model then serves its stored classes alone.
 
         Returns:
-            The bytes that went.
+            The bytes that a checkpoint is smaller by.
 
         Raises:
             ValueError: there are no class embeddings to serve.
@@ -382,6 +428,50 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
         self.stored_class_embeds()
         self.config.has_text_tower = False
         return remove_text_tower(self.clip)
+
+
+class RemovedTextTower(nn.Module):
+    """Stands where a text tower or its projection was removed, and says so when it is asked for text."""
+
+    # Initialising a dual encoder draws its text projection's weight; drawing no numbers is harmless.
+    weight = torch.empty(0)
+
+    def forward(self, *args, **kwargs):
+        raise ValueError(
+            "This is a vision-only model: its text tower was removed, so it compares images with its stored classes "
+            "and no other text. Use the full model for new text."
+        )
+
+
+def remove_text_tower(clip: PreTrainedModel) -> int:
+    """Take the text tower out of a dual encoder, in place.
+
+    Args:
+        clip: the dual encoder, of any family of transformers with a `text_model`.
+
+    Returns:
+        The bytes that a checkpoint is smaller by.
+    """
+    removed = 0
+    for name in ("text_model", "text_projection"):
+        tower = getattr(clip, name, None)
+        if not isinstance(tower, nn.Module):
+            continue  # SigLIP's text tower projects by itself
+        removed += sum(tensor.nbytes for tensor in tower.state_dict().values())
+        setattr(clip, name, RemovedTextTower())
+    return removed
+
+
+def _conversion(module: str) -> Any:
+    """A module of the package that does not travel with the model's code."""
+    try:
+        return importlib.import_module(f"ballad_hf.conversion.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "ballad_hf":
+            raise
+        raise ImportError(
+            "Loading other checkpoints needs the whole package, not only the model's code: pip install ballad_hf."
+        ) from error
 
 
 def check_finite_logits(logits: torch.Tensor) -> None:

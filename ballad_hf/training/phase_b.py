@@ -97,7 +97,7 @@ def train_phase_b(
 
     >>> import torch
     >>> from ballad_hf import BalladForImageClassification, FeatureTable, train_phase_b
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> from ballad_hf.training.arguments import PhaseBArguments
     >>> clip, tokenizer, _ = build_tiny_clip(layers=1)
     >>> model = BalladForImageClassification.from_dual_encoder(clip, ["cat", "dog"], tokenizer)

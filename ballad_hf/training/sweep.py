@@ -206,7 +206,7 @@ def sweep_phase_b(
 
     >>> import torch
     >>> from ballad_hf import BalladForImageClassification, FeatureTable
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> from ballad_hf.training.arguments import PhaseBArguments
     >>> from ballad_hf.training.sweep import SweepSpace, sweep_phase_b
     >>> clip, tokenizer, _ = build_tiny_clip(layers=1)

@@ -31,7 +31,6 @@ from ..evaluation.metrics import LongTailMetrics
 from ..evaluation.summary import metrics_table
 from ..features.extraction import extract_features
 from ..features.table import FeatureTable
-from ..models.conversion import load_ballad
 from ..models.modeling_ballad import BalladForImageClassification
 from .arguments import DataArguments, PhaseBArguments
 from .command_line import Stage, build_stage, on_the_command_line

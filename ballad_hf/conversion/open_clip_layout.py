@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import CLIPConfig
 
-from .configuration_clip_resnet import HEAD_WIDTH, CLIPResNetConfig
+from ..models.configuration_clip_resnet import HEAD_WIDTH, CLIPResNetConfig
 
 
 CONFIG_FILE = "open_clip_config.json"
@@ -45,7 +45,7 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> CLIPConfig | CLIPResN
 
     Example:
 
-    >>> from ballad_hf.models.open_clip_layout import config_from_open_clip
+    >>> from ballad_hf.conversion.open_clip_layout import config_from_open_clip
     >>> vision = {"image_size": 224, "layers": [3, 4, 6, 3], "width": 64, "patch_size": None}
     >>> text = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
     >>> config_from_open_clip({"embed_dim": 1024, "vision_cfg": vision, "text_cfg": text}).model_type

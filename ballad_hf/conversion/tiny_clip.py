@@ -47,7 +47,7 @@ def build_tiny_clip(
 
     Example:
 
-    >>> from ballad_hf.models.tiny_clip import build_tiny_clip
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> clip, tokenizer, image_processor = build_tiny_clip(words=["photo", "cat"])
     >>> tokenizer("a photo of a cat.")["input_ids"] == tokenizer("A photo of a CAT.")["input_ids"]
     True

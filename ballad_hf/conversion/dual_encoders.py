@@ -25,7 +25,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import cached_file, logging
 
-from ..conversion import lite
+from . import lite
 from .checkpoint_files import read_checkpoint
 from .open_clip_layout import (
     CONFIG_FILE,
@@ -174,12 +174,12 @@ def load_image_processor(name_or_path: str | os.PathLike, clip_config: PreTraine
     if lite.is_lite(name_or_path):
         return clip_image_processor(size, lite.IMAGE_MEAN, lite.IMAGE_STD)
     if Path(name_or_path).is_file():
-        return clip_image_processor(size)
+        return clip_image_processor(clip_config.vision_config.image_size)
     open_clip_config = _find(name_or_path, CONFIG_FILE, hub) if find_model_type(name_or_path, hub) is None else None
     if open_clip_config is None:
         return AutoImageProcessor.from_pretrained(name_or_path, **hub)
     preprocess_cfg = _read_json(open_clip_config).get("preprocess_cfg") or {}
-    return clip_image_processor(size, **image_processor_values(preprocess_cfg))
+    return clip_image_processor(clip_config.vision_config.image_size, **image_processor_values(preprocess_cfg))
 
 
 def clip_image_processor(
@@ -201,7 +201,7 @@ def clip_image_processor(
     Example:
 
     >>> from ballad_hf import CLIPResNetConfig
-    >>> from ballad_hf.models.dual_encoders import clip_image_processor
+    >>> from ballad_hf.conversion.dual_encoders import clip_image_processor
     >>> processor = clip_image_processor(CLIPResNetConfig.from_preset("RN50x4").vision_config.image_size)
     >>> processor.crop_size["height"]
     288

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from transformers import CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
 
-from .configuration_clip_resnet import DOWNSAMPLING, HEAD_WIDTH, CLIPResNetConfig
-from .modeling_clip_resnet import CLIPResNetModel
+from ..models.configuration_clip_resnet import DOWNSAMPLING, HEAD_WIDTH, CLIPResNetConfig
+from ..models.modeling_clip_resnet import CLIPResNetModel
 
 
 # Numbers that the original keeps beside its weights; they follow from the shapes.

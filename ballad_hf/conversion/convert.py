@@ -1,6 +1,6 @@
 """Checkpoints of others -> folders of transformers, and trained Ballads -> what every tool understands.
 
-As functions, and as a command: `ballad-convert`, or `python -m ballad_hf.models.conversion`. Every folder is written
+As functions, and as a command: `ballad-convert`, or `python -m ballad_hf.conversion.convert`. Every folder is written
 beside its place and moved there when it is whole, so that a failure leaves nothing half-written.
 """
 
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..models.modeling_ballad import BalladForImageClassification, check_finite_weights
 from .checkpoint_files import read_checkpoint
 from .dual_encoders import (
     NO_HUB,
@@ -33,7 +34,6 @@ from .dual_encoders import (
     load_openai_clip,
     load_tokenizer,
 )
-from .modeling_ballad import BalladForImageClassification, check_finite_weights
 from .openai_layout import infer_config, model_from_state, strip_data_parallel
 
 
