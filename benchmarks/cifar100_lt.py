@@ -39,6 +39,7 @@ from ballad_hf import (
     extract_features,
     load_image_dataset,
 )
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.evaluation.evaluate import evaluate
 from ballad_hf.evaluation.frontier import save_frontier
 from ballad_hf.models.configuration_clip_resnet import CLIPResNetConfig

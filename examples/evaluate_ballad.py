@@ -20,6 +20,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
 from ballad_hf import LongTailMetrics, load_splits
 from ballad_hf.commands.errors import errors_in_one_line
+from ballad_hf.conversion.convert import load_ballad
 from ballad_hf.data.transforms import evaluation_transform, five_crop_transform
 from ballad_hf.evaluation.evaluate import align_labels, predict
 from ballad_hf.evaluation.intervals import confidence_intervals

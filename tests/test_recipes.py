@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 
 from ballad_hf import BalladForImageClassification, extract_features, train_phase_a, train_phase_b
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.data.long_tail import long_tailed_counts
 from ballad_hf.data.transforms import train_transform
 from ballad_hf.training.command_line import parse_arguments

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
 from ..commands.errors import errors_in_one_line
+from ..conversion.convert import load_ballad
 from ..data.sources import load_splits
 from ..data.transforms import five_crop_transform, train_transform
 from ..evaluation.evaluate import align_labels, evaluate
