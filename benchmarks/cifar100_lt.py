@@ -229,7 +229,7 @@ class Tower:
                 tables[part] = extract_features(
                     model,
                     self.splits[part],
-                    image_processor=image_processor,
+                    processing_class=image_processor,
                     batch_size=256,
                     cache_dir=folder / "features",
                     class_counts=self.splits["train"].class_counts,

@@ -124,7 +124,7 @@ def our_way(case: Case) -> dict[str, float]:
     arguments = PhaseBArguments(epochs=case.epochs, batch_size=case.batch_size)
     started = seconds(case.device)
     model = BalladForImageClassification.from_dual_encoder(clip, names, tokenizer, logit_scale=100.0)
-    table = extract_features(model, split, image_processor=clip_image_processor(side), batch_size=64)
+    table = extract_features(model, split, processing_class=clip_image_processor(side), batch_size=64)
     extracted = seconds(case.device)
     result = train_phase_b(model, table, arguments, progress=False)
     return {

@@ -4,11 +4,13 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from ballad_hf.features.cache import FeatureCache
+from ballad_hf import BalladForImageClassification
+from ballad_hf.features.cache import FeatureCache, encoder_fingerprint, preprocessing_fingerprint
 from ballad_hf.features.shards import MANIFEST, ShardPlan, StoredTable
 
 
@@ -64,7 +66,7 @@ def test_a_failed_build_is_resumed(cache, entry):
 def test_leftovers_of_a_killed_run_are_removed_by_the_next(cache, entry):
     with pytest.raises(RuntimeError), cache.build(entry) as partial:
         raise RuntimeError
-    (partial.folder / ".shard-00000.safetensors.99.tmp").write_bytes(b"half")
+    (partial.folder / ".shard-00000.safetensors.writing").write_bytes(b"half")
     add(cache, entry)
     assert sorted(path.name for path in entry.folder.iterdir()) == [
         "head.safetensors",
@@ -193,3 +195,68 @@ def test_a_disk_that_fills_up_leaves_the_entries_alone(cache, entry):
         raise OSError(errno.ENOSPC, "full")
     assert error.value.errno == errno.ENOSPC
     assert cache.find(entry)
+
+
+@torch.no_grad()
+def test_the_encoder_fingerprint_covers_every_image_weight_and_no_other(tiny_ballad):
+    before = encoder_fingerprint(tiny_ballad)
+    for name, parameter in tiny_ballad.named_parameters():
+        kept = parameter.clone()
+        parameter.view(-1)[-1] += 0.5
+        changed = encoder_fingerprint(tiny_ballad) != before
+        assert changed == ("clip.vision" in name or "clip.visual" in name), name
+        parameter.copy_(kept)
+    assert encoder_fingerprint(tiny_ballad) == before
+
+
+def test_saving_keeps_the_fingerprint_and_another_dtype_does_not(tiny_ballad, tmp_path):
+    tiny_ballad.save_pretrained(tmp_path)
+    again = BalladForImageClassification.from_pretrained(tmp_path)
+    assert encoder_fingerprint(again) == encoder_fingerprint(tiny_ballad)
+    assert encoder_fingerprint(again.bfloat16()) != encoder_fingerprint(tiny_ballad)
+
+
+def test_the_encoder_fingerprint_covers_the_config(tiny_ballad):
+    before = encoder_fingerprint(tiny_ballad)
+    tiny_ballad.config.clip_config.vision_config.hidden_act = "gelu"
+    assert encoder_fingerprint(tiny_ballad) != before
+
+
+def test_the_encoder_fingerprint_ignores_adapter_and_class_names(tiny_ballad, tiny_clip):
+    before = encoder_fingerprint(tiny_ballad)
+    tiny_ballad.config.adapter_ratio = 0.9
+    tiny_ballad.set_class_names(["a", "b"], tiny_clip.tokenizer)
+    assert encoder_fingerprint(tiny_ballad) == before
+
+
+@dataclass(frozen=True)
+class Crop:
+    scale: float = 0.5
+
+
+@dataclass(frozen=True)
+class Zoom:
+    scale: float = 0.5
+
+
+class WithFingerprint:
+    def __init__(self, text):
+        self.text = text
+
+    def fingerprint(self):
+        return self.text
+
+
+def test_transforms_differ_by_class_and_by_value():
+    prints = [
+        preprocessing_fingerprint(each)
+        for each in (Crop(), Crop(0.6), Zoom(), WithFingerprint("a"), WithFingerprint("b"))
+    ]
+    assert len(set(prints)) == 5
+    assert preprocessing_fingerprint(Crop(0.5)) == prints[0]
+
+
+@pytest.mark.parametrize("transform", [lambda image, rng: image, Crop])
+def test_transforms_without_a_fingerprint_are_refused(transform):
+    with pytest.raises(ValueError, match="make it a dataclass, give it a `fingerprint"):
+        preprocessing_fingerprint(transform)

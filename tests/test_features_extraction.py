@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def record_writes(monkeypatch) -> list[str]:
 
 
 def test_rows_are_the_towers_features_before_the_adapter(model, tiny_clip, few):
-    table = extract_features(model, few, image_processor=tiny_clip.image_processor, batch_size=7)
+    table = extract_features(model, few, processing_class=tiny_clip.image_processor, batch_size=7)
     transform = evaluation_transform(tiny_clip.image_processor)
     for row in (0, 6, 7, 19):
         pixel_values = transform(few.image(row))[None]
@@ -88,7 +89,7 @@ def test_rows_are_the_towers_features_before_the_adapter(model, tiny_clip, few):
 
 def test_the_table_scores_as_the_model_does(model, tiny_clip, digits):
     part = digits.validation.select(range(0, 200, 4))
-    table = extract_features(model, part, image_processor=tiny_clip.image_processor)
+    table = extract_features(model, part, processing_class=tiny_clip.image_processor)
     weight, ratio = model.adapter.linear.weight.detach(), model.config.adapter_ratio
     from_table = evaluate(table, adapter=weight, adapter_ratio=ratio)
     from_model = evaluate(model, part, tiny_clip.image_processor, train_counts=table.class_counts)
@@ -109,7 +110,7 @@ def test_five_crops_from_the_table_score_as_through_the_model(model, tiny_clip, 
 
 
 def test_views_are_the_same_for_any_batch_and_number_of_workers(model, tiny_clip, few):
-    common = {"image_processor": tiny_clip.image_processor, "views": 3, "seed": 4}
+    common = {"processing_class": tiny_clip.image_processor, "views": 3, "seed": 4}
     table = extract_features(model, few, batch_size=64, **common)
     other = extract_features(model, few, batch_size=7, num_workers=2, **common)
     torch.testing.assert_close(table.features, other.features, rtol=1e-5, atol=1e-5)
@@ -131,7 +132,7 @@ def test_a_view_is_the_transform_with_its_own_seed(model, tiny_clip, few):
 
 
 def test_images_may_get_numbers_of_views_of_their_own(model, tiny_clip, few, monkeypatch, tmp_path):
-    common = {"image_processor": tiny_clip.image_processor, "seed": 9, "batch_size": 7}
+    common = {"processing_class": tiny_clip.image_processor, "seed": 9, "batch_size": 7}
     equal = extract_features(model, few, views=4, **common)
     views = np.array([4, 0, 1, 2] * 5)
     table = extract_features(model, few, views=views, **common)
@@ -150,7 +151,7 @@ def test_images_may_get_numbers_of_views_of_their_own(model, tiny_clip, few, mon
 @pytest.mark.parametrize("views", [0, -1, 1.5, True, [1] * 19, [0] * 20, [1.0] * 20])
 def test_bad_numbers_of_views_are_refused(model, tiny_clip, few, views):
     with pytest.raises(ValueError, match="views is .*: give 1 .the plain image. or more"):
-        extract_features(model, few, image_processor=tiny_clip.image_processor, views=views)
+        extract_features(model, few, processing_class=tiny_clip.image_processor, views=views)
 
 
 def test_seeds_of_views_differ_by_row_view_and_seed():
@@ -161,15 +162,15 @@ def test_seeds_of_views_differ_by_row_view_and_seed():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_halves_the_bytes(model, tiny_clip, few, dtype):
-    full = extract_features(model, few, image_processor=tiny_clip.image_processor)
-    half = extract_features(model, few, image_processor=tiny_clip.image_processor, dtype=dtype)
+    full = extract_features(model, few, processing_class=tiny_clip.image_processor)
+    half = extract_features(model, few, processing_class=tiny_clip.image_processor, dtype=dtype)
     assert half.dtype == dtype
     assert half.nbytes * 2 == full.nbytes
     torch.testing.assert_close(half.features.float(), full.features, rtol=1e-2, atol=1e-2)
 
 
 def test_the_second_time_no_picture_passes_the_tower(model, tiny_clip, few, tmp_path, no_tower):
-    common = {"image_processor": tiny_clip.image_processor, "cache_dir": tmp_path}
+    common = {"processing_class": tiny_clip.image_processor, "cache_dir": tmp_path}
     first = extract_features(model, few, **common)
     model.set_class_names([f"digit {name}" for name in model.config.class_names], tiny_clip.tokenizer)
     no_tower()
@@ -180,7 +181,7 @@ def test_the_second_time_no_picture_passes_the_tower(model, tiny_clip, few, tmp_
 
 def test_nothing_stale_is_served(model, tiny_clip, few, tmp_path):
     def entries(split=few, **kwargs):
-        arguments = {"image_processor": tiny_clip.image_processor, "cache_dir": tmp_path, **kwargs}
+        arguments = {"processing_class": tiny_clip.image_processor, "cache_dir": tmp_path, **kwargs}
         table = extract_features(model, split, **arguments)
         return table, len(entries_of(tmp_path))
 
@@ -213,7 +214,7 @@ def test_a_changed_file_is_not_served_stale(model, tiny_clip, tmp_path):
 
     def table():
         train = load_splits(str(pictures)).train
-        return extract_features(model, train, image_processor=tiny_clip.image_processor, cache_dir=tmp_path / "cache")
+        return extract_features(model, train, processing_class=tiny_clip.image_processor, cache_dir=tmp_path / "cache")
 
     before = table()
     for file in pictures.rglob("*.png"):
@@ -228,14 +229,14 @@ def test_a_changed_file_is_not_served_stale(model, tiny_clip, tmp_path):
 def test_the_bar_can_be_switched_off(model, tiny_clip, few, monkeypatch, capsys, progress):
     # Without the delay of two seconds, which would hide every bar here.
     monkeypatch.setattr(extraction, "tqdm", lambda **asked: tqdm(**{**asked, "delay": 0}))
-    extract_features(model, few, image_processor=tiny_clip.image_processor, batch_size=7, progress=progress)
+    extract_features(model, few, processing_class=tiny_clip.image_processor, batch_size=7, progress=progress)
     shown = capsys.readouterr().err
     assert ("Image features" in shown and "3/3" in shown) == progress  # 20 pictures in batches of 7
 
 
 def test_a_damaged_shard_alone_is_computed_again(model, tiny_clip, few, tmp_path, monkeypatch):
     small_shards(monkeypatch)
-    common = {"image_processor": tiny_clip.image_processor, "cache_dir": tmp_path}
+    common = {"processing_class": tiny_clip.image_processor, "cache_dir": tmp_path}
     first = extract_features(model, few, **common).features.clone()
     victim = next(tmp_path.glob("*/shard-00001.safetensors"))
     content = bytearray(victim.read_bytes())
@@ -252,37 +253,39 @@ def killed_while_extracting(model, split, image_processor, folder, files: int) -
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    write = shards._write_aside
+    write = shards.replacing_file
     left = iter(range(files, -1, -1))
 
-    def write_then_die(path, content):
-        if next(left) == 0:
-            path.with_name(f".{path.name}.1.tmp").write_bytes(content[: len(content) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(path, content)
+    @contextmanager
+    def write_then_die(path):
+        with write(path) as temporary:
+            if next(left) == 0:
+                temporary.write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield temporary
 
     try:
-        shards._write_aside = write_then_die
-        extract_features(model, split, image_processor=image_processor, cache_dir=folder)
+        shards.replacing_file = write_then_die
+        extract_features(model, split, processing_class=image_processor, cache_dir=folder)
     finally:
         os._exit(1)
 
 
-@pytest.mark.parametrize("files", [2, 4])  # after two of three shards; before the manifest
+@pytest.mark.parametrize("files", [2, 3])  # in the last of three shards; in the head
 def test_a_killed_run_is_taken_up_where_it_stopped(model, tiny_clip, few, tmp_path, monkeypatch, files):
     small_shards(monkeypatch)
     processor = tiny_clip.image_processor
     assert killed_while_extracting(model, few, processor, tmp_path, files) == -signal.SIGKILL
     assert len(entries_of(tmp_path, complete=False)) == 1
-    assert list(tmp_path.rglob("*.tmp"))
+    assert list(tmp_path.rglob(".*.writing"))
 
     written = record_writes(monkeypatch)
-    resumed = extract_features(model, few, image_processor=processor, cache_dir=tmp_path)
-    assert written == ([HEAD] if files == 4 else ["shard-00002.safetensors", HEAD])
+    resumed = extract_features(model, few, processing_class=processor, cache_dir=tmp_path)
+    assert written == ([HEAD] if files == 3 else ["shard-00002.safetensors", HEAD])
     assert len(entries_of(tmp_path)) == 1
     assert not entries_of(tmp_path, complete=False)
-    assert not list(tmp_path.rglob("*.tmp"))
-    plain = extract_features(model, few, image_processor=processor)
+    assert not list(tmp_path.rglob(".*.writing"))
+    plain = extract_features(model, few, processing_class=processor)
     torch.testing.assert_close(resumed.features, plain.features, rtol=1e-5, atol=1e-5)
 
 
@@ -294,7 +297,7 @@ def _in_two_processes(folder: str) -> None:
     splits = load_splits("digits")
     model = BalladForImageClassification.from_dual_encoder(clip, splits.class_names, tokenizer)
     part = splits.train.select(range(29))
-    common = {"image_processor": image_processor, "accelerator": accelerator, "views": 2}
+    common = {"processing_class": image_processor, "accelerator": accelerator, "views": 2}
     whole = extract_features(model, part, **common)
     written = []
     write = StoredTable._write
@@ -311,7 +314,7 @@ def test_two_processes_share_the_work_and_get_the_same_table(tmp_path):
     clip, tokenizer, image_processor = build_tiny_clip(layers=1)
     splits = load_splits("digits")
     model = BalladForImageClassification.from_dual_encoder(clip, splits.class_names, tokenizer)
-    alone = extract_features(model, splits.train.select(range(29)), image_processor=image_processor, views=2)
+    alone = extract_features(model, splits.train.select(range(29)), processing_class=image_processor, views=2)
     for rank in range(2):
         for features in torch.load(tmp_path / f"{rank}.pt", weights_only=True):
             torch.testing.assert_close(features, alone.features, rtol=1e-5, atol=1e-5)
@@ -323,7 +326,7 @@ def test_two_processes_share_the_work_and_get_the_same_table(tmp_path):
 
 
 def test_no_space_leaves_what_was_there(model, tiny_clip, few, tmp_path, monkeypatch):
-    common = {"image_processor": tiny_clip.image_processor, "cache_dir": tmp_path}
+    common = {"processing_class": tiny_clip.image_processor, "cache_dir": tmp_path}
     first = extract_features(model, few, **common)
 
     def full(self, name, tensors):
@@ -341,37 +344,37 @@ def test_features_that_are_not_finite_name_their_pictures(model, tiny_clip, few)
     with torch.no_grad():
         model.clip.visual_projection.weight[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"NaN or infinity for images \[0, 1, 2"):
-        extract_features(model, few, image_processor=tiny_clip.image_processor)
+        extract_features(model, few, processing_class=tiny_clip.image_processor)
 
 
 def test_bad_requests_are_refused(model, tiny_clip, few, tmp_path):
     processor = tiny_clip.image_processor
-    with pytest.raises(ValueError, match="holds no images"):
-        extract_features(model, few.select([]), image_processor=processor)
+    with pytest.raises(ValueError, match="has no images"):
+        extract_features(model, few.select([]), processing_class=processor)
     with pytest.raises(ValueError, match="float64: choose one of float32"):
-        extract_features(model, few, image_processor=processor, dtype=torch.float64)
+        extract_features(model, few, processing_class=processor, dtype=torch.float64)
     with pytest.raises(ValueError, match="makes 5 views of an image: give views=5"):
         extract_features(model, few, transform=five_crop_transform(processor), views=2)
-    with pytest.raises(ValueError, match="can't be told from another"):
+    with pytest.raises(ValueError, match="has no fingerprint"):
         extract_features(model, few, transform=lambda picture, rng: torch.zeros(3, 32, 32), cache_dir=tmp_path)
     with pytest.raises(ValueError, match="num_workers is -1"):
-        extract_features(model, few, image_processor=processor, num_workers=-1)
+        extract_features(model, few, processing_class=processor, num_workers=-1)
     model.config.class_embeds_digest = None
     with pytest.raises(ValueError, match="no class embeddings yet"):
-        extract_features(model, few, image_processor=processor)
+        extract_features(model, few, processing_class=processor)
 
 
 def test_classes_in_another_order_are_refused(model, tiny_clip, few):
     few.class_names = few.class_names[::-1]
     with pytest.raises(ValueError, match="numbers 10 classes differently from the model, such as 'nine'"):
-        extract_features(model, few, image_processor=tiny_clip.image_processor)
+        extract_features(model, few, processing_class=tiny_clip.image_processor)
 
 
 def test_modes_and_the_global_random_state_are_left_alone(model, tiny_clip, few):
     model.train()
     model.clip.text_model.eval()
     before = torch.get_rng_state()
-    extract_features(model, few, image_processor=tiny_clip.image_processor, num_workers=1)
+    extract_features(model, few, processing_class=tiny_clip.image_processor, num_workers=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert model.clip.vision_model.training

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ballad_hf.features.shards import HEAD, MANIFEST, DamagedTableError, ShardPlan, StoredTable
+from ballad_hf.features.shards import HEAD, MANIFEST, DamagedTableError, ShardPlan, StoredTable, digest_of
 
 
 PLAN = ShardPlan.of(10, 4, torch.float32, vectors_per_shard=4)
@@ -157,7 +157,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(stored, monkeyp
 def test_temporary_files_of_killed_runs_are_removed(stored):
     fill(stored)
     names = sorted(path.name for path in stored.folder.iterdir())
-    Path(stored.folder, f".{PLAN.file_name(0)}.4711.tmp").write_bytes(b"half")
+    Path(stored.folder, f".{PLAN.file_name(0)}.writing").write_bytes(b"half")
     stored.remove_temporary_files()
     assert sorted(path.name for path in stored.folder.iterdir()) == names
 
@@ -172,3 +172,7 @@ def test_damage_of_many_files_names_some_and_counts_all(tmp_path):
 def test_dtypes_that_can_not_be_kept_are_refused():
     with pytest.raises(ValueError, match="can't be kept as int64: choose one of float32, float16, bfloat16"):
         ShardPlan.of(1, 1, torch.int64)
+
+
+def test_the_digest_ignores_the_order_of_keys():
+    assert digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1}) != digest_of({"a": 2, "b": 1})

@@ -107,8 +107,8 @@ def test_views_are_averaged():
 def test_a_cosine_head_goes_into_the_model(tiny_ballad, tiny_clip):
     splits = load_splits("digits")
     tiny_ballad.set_class_names(splits.class_names, tiny_clip.tokenizer)
-    train = extract_features(tiny_ballad, splits.train, image_processor=tiny_clip.image_processor)
-    test = extract_features(tiny_ballad, splits.validation, image_processor=tiny_clip.image_processor)
+    train = extract_features(tiny_ballad, splits.train, processing_class=tiny_clip.image_processor)
+    test = extract_features(tiny_ballad, splits.validation, processing_class=tiny_clip.image_processor)
     found = compare_heads(train, test, ["cosine", "crt"])
     apply_cosine_head(tiny_ballad, found["cosine"].head)
     through_model = evaluate(tiny_ballad, splits.validation, tiny_clip.image_processor)

@@ -99,7 +99,7 @@ def test_cached_features_give_the_adapter_that_training_through_the_towers_gives
     splits = load_splits("digits")
     tiny_ballad.set_class_names(splits.class_names, tiny_clip.tokenizer)
     train = splits.train.select(range(0, len(splits.train), 4))
-    table = extract_features(tiny_ballad, train, image_processor=tiny_clip.image_processor)
+    table = extract_features(tiny_ballad, train, processing_class=tiny_clip.image_processor)
     arguments = PhaseBArguments(epochs=2, batch_size=16, samples_per_class=1, learning_rate=0.05)
     through_table = copy.deepcopy(tiny_ballad)
     train_phase_b(through_table, table, arguments, seed=1)
@@ -279,7 +279,7 @@ def test_a_changed_tower_is_noticed(tiny_ballad, tiny_clip):
     splits = load_splits("digits")
     tiny_ballad.set_class_names(splits.class_names, tiny_clip.tokenizer)
     part = splits.train.select(range(20))
-    table = extract_features(tiny_ballad, part, image_processor=tiny_clip.image_processor)
+    table = extract_features(tiny_ballad, part, processing_class=tiny_clip.image_processor)
     with torch.no_grad():
         tiny_ballad.clip.visual_projection.weight[0, 0] += 0.1
     with pytest.raises(ValueError, match="other image weights"):

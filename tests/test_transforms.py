@@ -18,7 +18,7 @@ from ballad_hf.data.transforms import (
     five_crop_transform,
     train_transform,
 )
-from ballad_hf.features.fingerprints import preprocessing_fingerprint
+from ballad_hf.features.cache import preprocessing_fingerprint
 
 
 pytestmark = pytest.mark.numeric

@@ -1,27 +1,87 @@
 """Feature tables kept on disk across runs, found again by what they were made from.
 
-An entry is a folder named by the digest of its shard plan and provenance. It is built in `<name>.partial`, where the
-next run resumes after a kill, and renamed when complete. To free space, delete entries or the whole folder.
+Features depend on the image encoder's weights, the preprocessing and the images, each known by a fingerprint. An entry
+is a folder named by the digest of its shard plan and provenance. It is built in `<name>.partial`, where the next run
+resumes after a kill, and renamed when complete. To free space, delete entries or the whole folder.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .shards import MANIFEST, DamagedTableError, ShardPlan, StoredTable
+from .shards import MANIFEST, DamagedTableError, ShardPlan, StoredTable, digest_of
 
 
 logger = logging.get_logger(__name__)
+
+# Image features don't depend on the text encoder and the scale, so new class names keep the cache.
+_NOT_IMAGE = ("text_", "logit_")
+
+
+@torch.no_grad()
+def encoder_fingerprint(model: PreTrainedModel) -> str:
+    """Fingerprint of the image encoder and its projection: every weight, buffer and config value, and their dtype.
+
+    Example:
+
+    >>> from ballad_hf import BalladForImageClassification
+    >>> from ballad_hf.features.cache import encoder_fingerprint
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
+    >>> model = BalladForImageClassification.from_dual_encoder(build_tiny_clip().clip)
+    >>> before = encoder_fingerprint(model)
+    >>> model.clip.text_projection.weight.data.zero_()[0, 0].item(), encoder_fingerprint(model) == before
+    (0.0, True)
+    >>> model.clip.visual_projection.weight.data[0, 0] += 1e-3
+    >>> encoder_fingerprint(model) == before
+    False
+    """
+    digest = hashlib.sha256()
+    vision = model.config.clip_config.vision_config.to_dict()
+    for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"):
+        vision.pop(volatile, None)
+    digest.update(json.dumps([model.config.clip_config.model_type, vision], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.clip.state_dict().items()):
+        if name.startswith(_NOT_IMAGE):
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def preprocessing_fingerprint(transform: Any) -> str:
+    """Fingerprint of a transform: its class and every value in it.
+
+    Args:
+        transform: a dataclass, or an object with a `fingerprint()` that returns text.
+
+    Raises:
+        ValueError: it is neither, so two transforms could not be distinguished.
+    """
+    if callable(getattr(transform, "fingerprint", None)):
+        content: Any = transform.fingerprint()
+    elif dataclasses.is_dataclass(transform) and not isinstance(transform, type):
+        content = dataclasses.asdict(transform)
+    else:
+        raise ValueError(
+            f"The transform {transform!r} has no fingerprint, so a cache could serve features of other preprocessing: "
+            "make it a dataclass, give it a `fingerprint()` that returns text, or leave out cache_dir."
+        )
+    kind = f"{type(transform).__module__}.{type(transform).__qualname__}"
+    return digest_of([kind, content])
 
 
 class FeatureCache:
@@ -77,7 +137,7 @@ class FeatureCache:
         """
         self._make_folder()
         self._refuse_links(entry)
-        partial = replace(entry, folder=_partial(entry))
+        partial = dataclasses.replace(entry, folder=_partial(entry))
         with FileLock(_lock(entry)):
             if entry.folder.exists():
                 if self.find(entry):

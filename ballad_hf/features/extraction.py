@@ -22,8 +22,7 @@ from ..conversion.processors import processor_of
 from ..data.image_dataset import as_image_dataset, check_class_order
 from ..data.keyed_random import mix
 from ..models.class_embeddings import evaluation_mode
-from .cache import FeatureCache
-from .fingerprints import encoder_fingerprint, preprocessing_fingerprint
+from .cache import FeatureCache, encoder_fingerprint, preprocessing_fingerprint
 from .shards import ShardPlan, StoredTable, digest_of
 from .table import FeatureTable
 

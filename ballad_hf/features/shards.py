@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,7 +17,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
+
+from ..files import read_json, remove_leftovers, replacing_file, write_json
 
 
 MANIFEST = "manifest.json"
@@ -129,15 +130,13 @@ class StoredTable:
         if not _is_plain_file(path):
             raise FileNotFoundError(f"{folder} holds no complete feature table: it has no {MANIFEST}.")
         try:
-            if path.stat().st_size > _MAX_MANIFEST_BYTES:
-                raise ValueError(f"it has more than {_MAX_MANIFEST_BYTES} bytes")
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_json(path, max_bytes=_MAX_MANIFEST_BYTES)
             if manifest["format"] != _FORMAT:
                 raise ValueError(f"it has format {manifest['format']}, and this version reads {_FORMAT}")
             table = cls(folder, ShardPlan(**manifest["plan"]), dict(manifest["provenance"]))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise DamagedTableError(f"{path} can't be read: {error}.", [MANIFEST]) from error
-        files = sum(1 for _ in os.scandir(folder))
+        files = sum(1 for _ in folder.iterdir())
         if table.plan.shards > files:
             raise DamagedTableError(
                 f"{path} names {table.plan.shards} shards, but {files} files are there.", [MANIFEST]
@@ -175,7 +174,7 @@ class StoredTable:
                 "several machines extract together, the folder must be on a disk that all of them see."
             )
         manifest = {"format": _FORMAT, "plan": asdict(self.plan), "provenance": dict(self.provenance)}
-        _write_aside(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        write_json(self.folder / MANIFEST, manifest)
 
     def verify(self, checksums: bool = True) -> None:
         """Look at every file: shapes and the table it belongs to, and where asked its checksum.
@@ -201,13 +200,13 @@ class StoredTable:
 
     def remove_temporary_files(self) -> None:
         """Remove what killed runs left of files that they were writing."""
-        for path in self.folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        remove_leftovers(self.folder)
 
     def _write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
         metadata = {"table": self.identity, "file": name, "sha256": _digest_of_tensors(contiguous)}
-        _write_aside(self.folder / name, save(contiguous, metadata))
+        with replacing_file(self.folder / name) as temporary:
+            save_file(contiguous, temporary, metadata)
 
     def _is_intact(self, name: str, checksum: bool = True) -> bool:
         try:
@@ -252,18 +251,6 @@ def _digest_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _write_aside(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("xb") as file:  # never through a link that lies there
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _is_plain_file(path: Path) -> bool:

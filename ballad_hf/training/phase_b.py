@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..data.samplers import EpochSampler, build_sampler
-from ..features.fingerprints import encoder_fingerprint
+from ..features.cache import encoder_fingerprint
 from ..features.scoring import adapted_logits, adapter_accuracies
 from ..features.table import FeatureTable
 from .arguments import PhaseBArguments

@@ -184,13 +184,13 @@ def _tables(
         "cache_dir": options.feature_cache_dir,
         "accelerator": accelerator,
     }
-    plain: dict[str, Any] = {"image_processor": image_processor}
+    plain: dict[str, Any] = {"processing_class": image_processor}
     if options.five_crop:
         plain = {"transform": five_crop_transform(image_processor), "views": 5}
     names = model.config.class_names
     train = align_labels(splits.train, names)
     model.config.class_counts = train.class_counts.tolist()
-    augmented: dict[str, Any] = {"image_processor": image_processor}
+    augmented: dict[str, Any] = {"processing_class": image_processor}
     if phase_b.views != 1:
         transform = train_transform(image_processor, horizontal_flip=options.horizontal_flip)
         augmented = {"transform": transform, "views": phase_b.views}
