@@ -168,9 +168,8 @@ def load_image_processor(name_or_path: str | os.PathLike, clip_config: PreTraine
         clip_config: of the dual encoder.
         hub: what finds files, such as `revision` and `token`.
     """
-    size = clip_config.vision_config.image_size
     if lite.is_lite(name_or_path):
-        return clip_image_processor(size, lite.IMAGE_MEAN, lite.IMAGE_STD)
+        return clip_image_processor(clip_config.vision_config.image_size, lite.IMAGE_MEAN, lite.IMAGE_STD)
     if Path(name_or_path).is_file():
         return clip_image_processor(clip_config.vision_config.image_size)
     open_clip_config = _find(name_or_path, CONFIG_FILE, hub) if find_model_type(name_or_path, hub) is None else None
