@@ -1,7 +1,7 @@
 """BALLAD for long-tailed image classification: a CLIP model, continued pretraining, then a linear adapter.
 
-Importing the package costs nothing: a name is loaded when it is first used, and the Auto classes of transformers
-learn about Ballad when they are first imported.
+Importing the package imports neither torch nor transformers: a name is loaded when it is first used, and the models
+are registered with the Auto classes when transformers imports those.
 """
 
 import importlib

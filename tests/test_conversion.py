@@ -210,7 +210,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     folder.mkdir()
     convert_openai_clip(openai_file("vit"), folder, **NO_TOKENIZER)  # an empty one is fine
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(FileExistsError, match="mine exists already"):
+    with pytest.raises(FileExistsError, match="mine exists and is not empty"):
         convert_openai_clip(openai_file("resnet"), folder, **NO_TOKENIZER)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -262,9 +262,9 @@ def test_a_bundle_becomes_vision_only(bundle, tiny_ballad, tmp_path):
 @pytest.mark.parametrize("convert", [convert_to_clip, convert_to_vision_only])
 def test_what_is_no_whole_ballad_is_refused(convert, bundle, clip_folder, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="tiny-clip is no saved Ballad, but 'clip'"):
+    with pytest.raises(ValueError, match="tiny-clip is not a saved BALLAD model \\('clip'\\)"):
         convert(clip_folder, tmp_path / "out")
-    with pytest.raises(ValueError, match="empty is no saved Ballad, but none of transformers"):
+    with pytest.raises(ValueError, match="empty is not a saved BALLAD model \\(no model_type\\)"):
         convert(tmp_path / "empty", tmp_path / "out")
     weights = bundle / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:9000])

@@ -1,5 +1,6 @@
 """The package as an installer and an importer see it."""
 
+import ast
 import importlib
 import runpy
 import subprocess
@@ -83,3 +84,26 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())
     assert {file for file in files if file.startswith("ballad_hf/")} <= packed
+
+
+PACKAGES = ["models", "conversion", "data", "features", "evaluation", "hub", "training", "inference", "commands"]
+WITH_A_COMMAND = {"audit.py", "compare.py", "sweep_command.py"}  # their `main` uses the error convention of commands
+
+
+def test_a_package_imports_only_itself_and_those_above_it():
+    """Names for type checking alone are not imports."""
+    for file in (ROOT / "ballad_hf").glob("*/*.py"):
+        order = PACKAGES.index(file.parent.name)
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        typing_only = {
+            node
+            for block in ast.walk(tree)
+            if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
+            for node in ast.walk(block)
+        }
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or node.level != 2 or node in typing_only:
+                continue
+            package = (node.module or "").split(".")[0]
+            if package in PACKAGES and not (package == "commands" and file.name in WITH_A_COMMAND):
+                assert PACKAGES.index(package) <= order, f"{file.name} line {node.lineno} imports {package}"

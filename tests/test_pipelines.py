@@ -93,7 +93,7 @@ def test_pictures_of_siglip_2_come_as_patches_with_their_shapes(wrapped, tiny_cl
     tokenizer.model_max_length, tokenizer.model_input_names = 64, ["input_ids"]
     feeds = {"tokenizer": tokenizer, "image_processor": Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)}
     stock = ZeroShotImageClassificationPipeline(model=model, **feeds)
-    # An adapter at the identity changes nothing but the scores, which a Ballad makes by softmax.
+    # An adapter at the identity changes nothing but the scores, which a BALLAD model makes by softmax.
     ours = CachedZeroShotImageClassificationPipeline(
         ballad_hf.BalladForImageClassification.from_dual_encoder(model) if wrapped else model, **feeds
     )

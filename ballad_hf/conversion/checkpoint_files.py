@@ -1,9 +1,9 @@
-"""Weights out of a file from anywhere, without running anything that the file says.
+"""Read weights from a file without running code in it.
 
-A checkpoint is hostile until checked. Pickles are read with `weights_only=True`. TorchScript archives, in which OpenAI
+A checkpoint is not trusted. Pickles are read with `weights_only=True`. TorchScript archives, in which OpenAI
 published CLIP, are refused by `torch.load(weights_only=True)`, and `torch.jit.load` compiles the code inside and may
 run it: a module's own `__setstate__` can call operators that read and write files. So their tensors are read here by
-an unpickler that knows tensors and inert records and nothing else; the code in the archive is not even opened.
+an unpickler that knows tensors and inert records alone; the code in the archive is not opened.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Checkpoints of others -> folders of transformers, and trained Ballads -> what every tool understands.
+"""Convert other checkpoints to folders of transformers, and BALLAD models to plain CLIP or vision-only models.
 
-As functions, and as a command: `ballad-convert`, or `python -m ballad_hf.conversion.convert`. Every folder is written
-beside its place and moved there when it is whole, so that a failure leaves nothing half-written.
+As functions, and as the command `ballad-convert` or `python -m ballad_hf.conversion.convert`. A folder appears when it
+is complete; a failure leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def convert_openai_clip(
     text_attention_heads: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Convert a CLIP model in OpenAI's layout into a folder of transformers.
+    """Convert a CLIP model in OpenAI's layout to a folder of transformers.
 
     Args:
         checkpoint: a TorchScript archive as OpenAI published it, or a state dict (`torch.save` or safetensors). ViT
@@ -67,7 +67,7 @@ def convert_openai_clip(
         The folder, with the model, the image processor and the tokenizer.
 
     Raises:
-        FileNotFoundError, FileExistsError: no checkpoint; a folder with something in it.
+        FileNotFoundError, FileExistsError: no checkpoint; a folder that is not empty.
         ValueError: no checkpoint, a truncated one, or not CLIP's weights, with all names that are missing, unexpected
             or of another shape.
 
@@ -96,7 +96,7 @@ def convert_open_clip(
         kwargs: `dtype`, and what finds files on the Hub, such as `revision` and `token`.
 
     Raises:
-        FileNotFoundError, FileExistsError: no such model; a folder with something in it.
+        FileNotFoundError, FileExistsError: no such model; a folder that is not empty.
         ValueError: a tower or an option that transformers' CLIP does not have; weights that don't fit.
     """
     hub = hub_arguments(kwargs)
@@ -117,7 +117,7 @@ def convert_official_ballad(
     adapter_ratio: float = OFFICIAL_RATIO,
     logit_scale: float = OFFICIAL_SCALE,
 ) -> Path:
-    """Convert a checkpoint of the official BALLAD code (github.com/gaopengcuhk/BALLAD) into a folder of ours.
+    """Convert a checkpoint of the official BALLAD code (github.com/gaopengcuhk/BALLAD) to a BALLAD model.
 
     Args:
         checkpoint: of phase A, without an adapter, which then starts at the identity; or of phase B, with one.
@@ -133,7 +133,7 @@ def convert_official_ballad(
         The folder of a [`BalladForImageClassification`], with the image processor and the tokenizer.
 
     Raises:
-        FileNotFoundError, FileExistsError: no checkpoint; a folder with something in it.
+        FileNotFoundError, FileExistsError: no checkpoint; a folder that is not empty.
         ValueError: no such checkpoint, an adapter that does not fit the tower, class names without a tokenizer.
     """
     if class_names is not None and tokenizer is False:
@@ -159,43 +159,43 @@ def convert_official_ballad(
 
 
 def convert_to_clip(ballad: str | os.PathLike, output_dir: str | os.PathLike, **kwargs) -> Path:
-    """Fold a saved Ballad into the folder of a plain dual encoder, see `BalladForImageClassification.fold_adapter`.
+    """Fold a saved BALLAD model to a plain dual encoder, see `BalladForImageClassification.fold_adapter`.
 
-    A modified ResNet is no class of transformers: its folder gets the few files of code that it needs, and loads
-    with `trust_remote_code=True` where Ballad is not installed. All others load everywhere.
+    A modified ResNet is not in transformers: its folder contains its code, and loads with `trust_remote_code=True`
+    where ballad_hf is not installed. All others are stock classes.
 
     Args:
-        ballad: folder or Hub name of a Ballad.
+        ballad: folder or Hub name of a BALLAD model.
         output_dir: the folder to make; it must not exist, or be empty.
         kwargs: for `from_pretrained`.
 
     Raises:
-        FileExistsError: a folder with something in it.
-        ValueError: no Ballad, a truncated one, or one whose image tower has no projection to fold into.
+        FileExistsError: a folder that is not empty.
+        ValueError: no BALLAD model, a damaged one, or one whose image tower has no projection to fold into.
     """
     with whole_folder(output_dir) as folder:
         folded = load_ballad(ballad, **kwargs).fold_adapter()
-        _save(folder, folded, *_what_feeds(ballad, (AutoTokenizer, AutoImageProcessor), kwargs))
+        _save(folder, folded, *_processors(ballad, (AutoTokenizer, AutoImageProcessor), kwargs))
     return Path(output_dir)
 
 
 def convert_to_vision_only(ballad: str | os.PathLike, output_dir: str | os.PathLike, **kwargs) -> Path:
-    """Save a Ballad without its text tower; it serves its stored classes. The sizes are logged.
+    """Save a BALLAD model without its text tower; it serves its stored classes. The sizes are logged.
 
     Args:
-        ballad: folder or Hub name of a Ballad with class embeddings.
+        ballad: folder or Hub name of a BALLAD model with class embeddings.
         output_dir: the folder to make; it must not exist, or be empty.
         kwargs: for `from_pretrained`.
 
     Raises:
-        FileExistsError: a folder with something in it.
-        ValueError: no Ballad, a truncated one, or one without class embeddings.
+        FileExistsError: a folder that is not empty.
+        ValueError: no BALLAD model, a damaged one, or one without class embeddings.
     """
     with whole_folder(output_dir) as folder:
         model = load_ballad(ballad, **kwargs)
         before = sum(tensor.nbytes for tensor in model.state_dict().values())
         removed = model.remove_text_tower()
-        _save(folder, model, *_what_feeds(ballad, (AutoImageProcessor,), kwargs))
+        _save(folder, model, *_processors(ballad, (AutoImageProcessor,), kwargs))
         logger.info(
             f"The weights take {(before - removed) / 1e6:.1f} MB without the text tower, {before / 1e6:.1f} MB with."
         )
@@ -203,19 +203,19 @@ def convert_to_vision_only(ballad: str | os.PathLike, output_dir: str | os.PathL
 
 
 def load_ballad(ballad: str | os.PathLike, **kwargs) -> BalladForImageClassification:
-    """`BalladForImageClassification.from_pretrained`, which would also take another model and fill up what it lacks.
+    """`BalladForImageClassification.from_pretrained` for BALLAD models alone.
 
     Args:
-        ballad: folder or Hub name of a Ballad.
+        ballad: folder or Hub name of a BALLAD model.
         kwargs: for `from_pretrained`.
 
     Raises:
-        ValueError: no Ballad, or a truncated one.
+        ValueError: no BALLAD model, or a damaged one.
     """
     model_type = find_model_type(ballad, hub_arguments(kwargs))
     if model_type != "ballad":
         raise ValueError(
-            f"{ballad} is no saved Ballad, but {'none of transformers' if model_type is None else repr(model_type)}: "
+            f"{ballad} is not a saved BALLAD model ({'no model_type' if model_type is None else repr(model_type)}): "
             f"give the folder or Hub name of a trained one.{'' if Path(ballad).exists() else NO_HUB}"
         )
     try:
@@ -226,14 +226,14 @@ def load_ballad(ballad: str | os.PathLike, **kwargs) -> BalladForImageClassifica
 
 @contextlib.contextmanager
 def whole_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder beside `output_dir`, which takes its name when the block ends without an error.
+    """A temporary folder beside `output_dir` that is renamed to it when the block ends without an error.
 
     Raises:
-        FileExistsError: there is something in `output_dir` already.
+        FileExistsError: `output_dir` is not empty.
     """
     output = Path(output_dir)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(f"{output} exists already: give a new folder, or empty this one first.")
+        raise FileExistsError(f"{output} exists and is not empty: give a new folder, or empty this one first.")
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.parent / f".{output.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
@@ -277,14 +277,14 @@ def _tokenizer_for(
     return load_tokenizer(checkpoint if tokenizer is None else tokenizer, clip.config, **(hub or {}))
 
 
-def _what_feeds(ballad: str | os.PathLike, loaders: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The tokenizer or the image processor of a saved model, as far as they are there."""
+def _processors(ballad: str | os.PathLike, loaders: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The tokenizer and the image processor of a saved model, where there are some."""
     found = []
     for loader in loaders:
         try:
             found.append(loader.from_pretrained(ballad, **hub_arguments(kwargs)))
         except (OSError, ValueError) as error:
-            logger.warning(f"{ballad} has nothing for {loader.__name__} to take along: {error}")
+            logger.warning(f"{ballad} has no {loader.__name__.removeprefix('Auto')} to copy: {error}")
     return found
 
 
@@ -334,9 +334,14 @@ def _parser() -> argparse.ArgumentParser:
 
     openai = command("openai", convert_openai_clip, "checkpoint", "an OpenAI .pt or state dict -> transformers")
     open_clip = command("open-clip", convert_open_clip, "name_or_path", "an open_clip repository -> transformers")
-    official = command("ballad", convert_official_ballad, "checkpoint", "an official BALLAD checkpoint -> a Ballad")
-    command("fold", convert_to_clip, "ballad", "a Ballad -> a plain CLIP model with the adapter folded in")
-    command("vision-only", convert_to_vision_only, "ballad", "a Ballad -> the same without its text tower")
+    official = command(
+        "ballad",
+        convert_official_ballad,
+        "checkpoint",
+        "an official BALLAD checkpoint -> a BALLAD model",
+    )
+    command("fold", convert_to_clip, "ballad", "a BALLAD model -> a plain CLIP model with the adapter folded in")
+    command("vision-only", convert_to_vision_only, "ballad", "a BALLAD model -> the same without its text tower")
     for added in (openai, open_clip, official):
         added.add_argument("--tokenizer", help="folder, Hub name or bpe_simple_vocab_16e6.txt.gz; default: OpenAI's")
         added.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")

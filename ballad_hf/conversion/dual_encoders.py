@@ -1,4 +1,4 @@
-"""Dual encoders from wherever they are kept: transformers, open_clip, files of OpenAI; with what feeds them."""
+"""Load dual encoders, tokenizers and image processors: of transformers, of open_clip, and files of OpenAI."""
 
 from __future__ import annotations
 
@@ -39,15 +39,13 @@ from .openai_layout import infer_config, model_from_state, strip_data_parallel
 
 logger = logging.get_logger(__name__)
 
-# Every CLIP of OpenAI and most of open_clip share one tokenizer, which their weight files don't hold.
+# OpenAI's CLIPs and most of open_clip's share one tokenizer, which their weight files do not contain.
 OPENAI_TOKENIZER = "openai/clip-vit-base-patch32"
 OPENAI_VOCAB_SIZE = 49408
-_WEIGHT_SUFFIXES = {".bin", ".pt", ".pth", ".safetensors"}  # what has one is no name on the Hub
-# Ends a message about a name that was found nowhere.
-NO_HUB = (
-    " Where the Hub has one of these, it was not reached: look at the network, and at HF_HUB_OFFLINE if it is set."
-)
-# What `from_pretrained` takes to find a file; the rest of its arguments are about the model.
+_WEIGHT_SUFFIXES = {".bin", ".pt", ".pth", ".safetensors"}  # a name with one of these is a file, not a Hub name
+# Ends the message about a name that was not found.
+NO_HUB = " If it is on the Hub, the Hub was not reached: check the network and HF_HUB_OFFLINE."
+# The arguments of `from_pretrained` that find a file; the others are about the model.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -92,7 +90,7 @@ def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedMo
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `from_pretrained`'s arguments that find a file, which a tokenizer and an image processor take too."""
+    """The arguments of `from_pretrained` that find a file; tokenizers and image processors take them too."""
     return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
 
 
@@ -140,7 +138,7 @@ def load_tokenizer(
     if isinstance(source, PreTrainedTokenizerBase):
         return _fitting(source, vocab_size)
     if not str(source):
-        raise ValueError("This model does not know where it came from, and so no tokenizer: pass tokenizer=.")
+        raise ValueError("The checkpoint of this model is unknown, and so is its tokenizer: pass tokenizer=.")
     if lite.is_lite(source):
         return _fitting(lite.load_lite_tokenizer(), vocab_size)
     path = Path(source)
@@ -163,16 +161,15 @@ def load_tokenizer(
 
 
 def load_image_processor(name_or_path: str | os.PathLike, clip_config: PreTrainedConfig, **hub) -> BaseImageProcessor:
-    """The picture preparation that a dual encoder was trained with.
+    """The image processor of a dual encoder.
 
     Args:
-        name_or_path: as for [`load_dual_encoder`]. A file in OpenAI's layout gets OpenAI's own preparation.
+        name_or_path: as for [`load_dual_encoder`]. For a file in OpenAI's layout it is OpenAI's.
         clip_config: of the dual encoder.
         hub: what finds files, such as `revision` and `token`.
     """
-    size = clip_config.vision_config.image_size
     if lite.is_lite(name_or_path):
-        return clip_image_processor(size, lite.IMAGE_MEAN, lite.IMAGE_STD)
+        return clip_image_processor(clip_config.vision_config.image_size, lite.IMAGE_MEAN, lite.IMAGE_STD)
     if Path(name_or_path).is_file():
         return clip_image_processor(clip_config.vision_config.image_size)
     open_clip_config = _find(name_or_path, CONFIG_FILE, hub) if find_model_type(name_or_path, hub) is None else None
@@ -189,14 +186,14 @@ def clip_image_processor(
     resample: str = "bicubic",
     squash: bool = False,
 ) -> CLIPImageProcessorPil:
-    """CLIP's picture preparation for square inputs, such as those of a [`CLIPResNetConfig`] preset.
+    """CLIP's image processor for square inputs, such as those of a [`CLIPResNetConfig`] preset.
 
     Args:
         image_size: side in pixels.
         mean: colour means; default: OpenAI's.
         std: colour deviations; default: OpenAI's.
         resample: `"bicubic"` or `"bilinear"`.
-        squash: distort to a square, instead of scaling the short side and cutting out the centre.
+        squash: resize to a square and distort, instead of resizing the short side and cropping the centre.
 
     Example:
 
@@ -217,7 +214,7 @@ def clip_image_processor(
 
 
 def check_interface(clip: PreTrainedModel) -> None:
-    """Refuse a model that is no dual encoder with a learnt scale.
+    """Refuse a model that is not a dual encoder with a learnt scale.
 
     Raises:
         ValueError: with what is missing.
@@ -226,7 +223,7 @@ def check_interface(clip: PreTrainedModel) -> None:
     missing = [name for name in needed if not hasattr(clip, name)]
     if missing:
         raise ValueError(
-            f"A {type(clip).__name__} has no {', '.join(missing)}: Ballad needs a dual encoder with image features, "
+            f"A {type(clip).__name__} has no {', '.join(missing)}: BALLAD needs a dual encoder with image features, "
             "text features and a learnt scale, such as CLIP, SigLIP, SigLIP 2, MetaCLIP 2, AltCLIP or Chinese-CLIP."
         )
 
@@ -234,7 +231,7 @@ def check_interface(clip: PreTrainedModel) -> None:
 def _load_transformers(name_or_path: str | os.PathLike, model_type: str, **kwargs) -> PreTrainedModel:
     if model_type == "ballad":
         raise ValueError(
-            f"{name_or_path} is a Ballad already: load it with BalladForImageClassification.from_pretrained, or "
+            f"{name_or_path} is a BALLAD model already: load it with BalladForImageClassification.from_pretrained, or "
             f"make a plain dual encoder of it by `ballad-convert fold {name_or_path} FOLDER` to start from."
         )
     try:

@@ -1,7 +1,7 @@
 """open_clip's folders: `open_clip_config.json` -> a config of transformers, and weights in OpenAI's layout.
 
-Only towers that transformers can hold exactly are taken: the ViT and the modified ResNet of CLIP beside the causal
-text transformer. Every option that would change the arithmetic is checked against the value that CLIP has.
+Only towers that transformers computes exactly are converted: CLIP's ViT and modified ResNet, with the causal text
+transformer. Every option that would change the arithmetic is checked against the value that CLIP has.
 """
 
 from __future__ import annotations

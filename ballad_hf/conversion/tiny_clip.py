@@ -1,7 +1,4 @@
-"""A CLIP small enough for a minute on a laptop, from random weights, with a tokenizer made on the spot.
-
-It stands in for a real checkpoint where none can be downloaded: the built-in example and the tests.
-"""
+"""A tiny CLIP with random weights and its own tokenizer, for tests and for the built-in example without downloads."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 
 class DualEncoder(NamedTuple):
-    """A dual encoder with what feeds it."""
+    """A dual encoder with its tokenizer and image processor."""
 
     clip: CLIPModel
     tokenizer: CLIPTokenizer
@@ -34,13 +31,13 @@ def build_tiny_clip(
     """Build a `CLIPModel` from random weights, its tokenizer and its image processor.
 
     Args:
-        image_size: side of the square pictures, in pixels.
+        image_size: side of the square images, in pixels.
         patch_size: side of a patch, in pixels.
         width: hidden size of both towers; 32 a head.
         layers: transformer layers of each tower.
         projection_dim: width of the joint space.
-        words: words that become one token each (those of the class names, say); others are spelt.
-        seed: of the weights. The global random state is left as it was.
+        words: words that become one token each, such as those of the class names; others are spelt in bytes.
+        seed: of the weights. The global random state is restored.
 
     Returns:
         The model in evaluation mode, the tokenizer and the image processor.

@@ -1,4 +1,4 @@
-"""How a trained model is used. Importing this room makes its pipeline known to `transformers.pipeline`."""
+"""Inference. Importing this package registers its pipeline with `transformers.pipeline`."""
 
 from transformers import AutoModelForZeroShotImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY

@@ -1,7 +1,7 @@
-"""A Ballad outside Python's training stack: ONNX files for any runtime, and a `torch.export` program.
+"""Export a model: ONNX files for any runtime, and a `torch.export` program.
 
-An export folder holds everything that classifies: the network from pixels to logits, the class names, and how a
-picture becomes pixels. `examples/classify_onnx.py` reads nothing else, and needs no torch.
+An export folder holds the network from pixels to logits, the class names, and the image processor's settings.
+`examples/classify_onnx.py` reads nothing else, and needs no torch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ImageClassifier(nn.Module):
         super().__init__()
         self.model = model
         shift = model.logit_shift()
-        embeds = model.class_embeds.float()  # looked at by `_ready`
+        embeds = model.class_embeds.float()  # checked by `_ready`
         self.register_buffer("class_embeds", embeds.clone(), persistent=False)
         self.register_buffer("shift", torch.zeros(len(embeds)) if shift is None else shift, persistent=False)
 
@@ -65,7 +65,7 @@ class TextEncoder(nn.Module):
 def export_program(
     model: BalladForImageClassification, file: str | Path | None = None
 ) -> torch.export.ExportedProgram:
-    """The image side as a `torch.export` program: any number of pictures to logits over the stored classes.
+    """The image side as a `torch.export` program: any number of images to logits over the stored classes.
 
     Args:
         model: with class names set. The classes and the prior correction are frozen in as they are now.
@@ -90,7 +90,7 @@ def export_program(
     """
     classifier = ImageClassifier(_ready(model)).eval()
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
-    with torch.no_grad(), _without_chatter():
+    with torch.no_grad(), _without_warnings():
         program = torch.export.export(classifier, (_example_pixels(model),), dynamic_shapes=shapes)
     if file is not None:
         torch.export.save(program, file)
@@ -109,8 +109,8 @@ def export_onnx(
         model: with class names set. The classes and the prior correction are frozen in as they are now. In
             any dtype; the file computes in float32.
         folder: made where it does not exist; gets `image_classifier.onnx` (pixel_values -> logits, any batch size),
-            `classes.json` with the names in logit order, and `preprocessor_config.json`. What an earlier export left
-            there is replaced.
+            `classes.json` with the names in logit order, and `preprocessor_config.json`. Files of an
+            earlier export are replaced.
         image_processor: its image processor.
         tokenizer: give it for `text_encoder.onnx` too (input_ids, attention_mask -> text_embeds, any shape), with
             `tokenizer.json` beside it.
@@ -152,7 +152,7 @@ def export_onnx(
         written = []
         for file in sorted(staging.iterdir()):
             written.append(file.replace(folder / file.name))
-        if tokenizer is None:  # one that is left from another model would speak of other features
+        if tokenizer is None:  # one of an earlier export would give other features
             (folder / TEXT_FILE).unlink(missing_ok=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -171,8 +171,8 @@ def _export_image_side(model: BalladForImageClassification, folder: Path) -> Non
         file,
     )
     scale = float(model.logit_scale.detach())
-    for pictures in (1, 3):
-        pixel_values = _example_pixels(model, pictures, seed=pictures)
+    for images in (1, 3):
+        pixel_values = _example_pixels(model, images, seed=images)
         _compare(file, {"pixel_values": pixel_values}, classifier(pixel_values), scale)
 
 
@@ -197,7 +197,7 @@ def _tokens(prompts: list[str], tokenizer, model: BalladForImageClassification) 
 
 
 def _export(module: nn.Module, inputs: dict[str, torch.Tensor], shapes: dict, output: str, file: Path) -> None:
-    with torch.no_grad(), _without_chatter():
+    with torch.no_grad(), _without_warnings():
         torch.onnx.export(
             module,
             (),
@@ -235,23 +235,23 @@ def _ready(model: BalladForImageClassification) -> BalladForImageClassification:
 
 
 @contextlib.contextmanager
-def _without_chatter() -> Iterator[None]:
-    """The exporter warns of its own insides, and of torchvision, which nothing here needs."""
-    chatty = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = chatty.level
+def _without_warnings() -> Iterator[None]:
+    """The exporter warns about its own internals, and about torchvision, which is not needed."""
+    exporter_logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = exporter_logger.level
     try:
-        chatty.setLevel(logging.ERROR)
+        exporter_logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        chatty.setLevel(level)
+        exporter_logger.setLevel(level)
 
 
-def _example_pixels(model: BalladForImageClassification, pictures: int = 2, seed: int = 0) -> torch.Tensor:
+def _example_pixels(model: BalladForImageClassification, images: int = 2, seed: int = 0) -> torch.Tensor:
     vision = model.clip.config.vision_config
     generator = torch.Generator().manual_seed(seed)
-    shape = (pictures, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+    shape = (images, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
     return torch.randn(shape, generator=generator)
 
 

@@ -34,7 +34,7 @@ _SETS_KEPT = 8
 # One thread at a time encodes labels: they share the cache, the text tower's mode and the tokenizer. Not kept on the
 # pipeline, which must remain picklable.
 _ENCODING = threading.RLock()
-_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")  # hardly a path, which has a dot
+_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")  # a path has a dot
 
 
 class CachedZeroShotImageClassificationPipeline(Pipeline):
@@ -72,8 +72,8 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
     >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
     >>> clip, tokenizer, image_processor = build_tiny_clip()
     >>> classify = CachedZeroShotImageClassificationPipeline(clip, tokenizer, image_processor=image_processor)
-    >>> pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
-    >>> [len(best) for best in classify(pictures, candidate_labels=["a cat", "a dog", "an owl"], top_k=2)]
+    >>> images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    >>> [len(best) for best in classify(images, candidate_labels=["a cat", "a dog", "an owl"], top_k=2)]
     [2, 2]
     """
 
@@ -240,9 +240,9 @@ def _read_image(source: Any, timeout: float | None) -> Image.Image:
     if not isinstance(source, str) or os.path.isfile(source):
         return open_image(source)
     if not source.startswith(("http://", "https://", "data:")) and not _BASE64.fullmatch(source):
-        return open_image(source)  # a path that leads nowhere
+        return open_image(source)  # a path that does not exist
     try:
         return load_image(source, timeout=timeout)
-    # What comes from the web or as base64 text fails in many ways.
+    # Downloads and base64 text fail in many ways.
     except Exception as error:
         raise UnreadableImageError(f"{source[:100]} can't be read: {error}") from error

@@ -1,4 +1,4 @@
-"""What the network is. Importing this room makes its models known to the Auto classes of transformers."""
+"""The models. Importing this package registers them with the Auto classes of transformers."""
 
 from transformers import (
     AutoConfig,

@@ -18,12 +18,12 @@ class BalladConfig(PreTrainedConfig):
 
     Args:
         clip_config: config of the dual encoder, as an object or a dict; `model_type` selects the class. Default: CLIP.
-        adapter_ratio: lambda of `f' = lambda * W f + (1 - lambda) * f`, from 0 (the CLIP model) to 1.
-        adapter_init: `"identity"` starts phase B at the phase A model, `"random"` as the official code does.
+        adapter_ratio: lambda of `f' = lambda * W f + (1 - lambda) * f`, from 0 (the dual encoder alone) to 1.
+        adapter_init: `"identity"` starts phase B at the model of phase A; `"random"` is the official code's.
         logit_scale: multiplier of the cosine similarities; `None` takes the CLIP model's own learnt scale. The
             official code fixes 100.
         templates: prompts that name a class at `{}`; the embeddings of several are averaged.
-        class_descriptions: class name -> prompts that take the place of the templates for that class.
+        class_descriptions: class name -> prompts that replace the templates for that class.
         class_counts: training images of each class, in label order. Kept for the shot groups and the prior
             correction.
         target_prior: class prior where the model is used: `"uniform"`, `"train"`, a power of the training counts, or
@@ -36,7 +36,7 @@ class BalladConfig(PreTrainedConfig):
         initializer_range: standard deviation for weights that have no rule of their own.
 
     Raises:
-        ValueError: a ratio outside 0 to 1, an unknown start, a template without `{}`, counts that do not fit.
+        ValueError: a ratio outside 0 to 1, an unknown initialisation, a template without `{}`, counts that do not fit.
 
     Example:
 

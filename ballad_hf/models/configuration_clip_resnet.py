@@ -38,7 +38,7 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
     Args:
         depths: bottleneck blocks of each of the four stages.
         width: channels after the stem; stage `i` puts out `width * 4 * 2**i`, the last `32 * width`.
-        image_size: side of the square pictures in pixels, a multiple of 32.
+        image_size: side of the square images in pixels, a multiple of 32.
         num_channels: colour channels.
         num_attention_heads: heads of the attention pool; `None` makes them 64 wide, as the released models have them.
         freeze_batch_norm: keep the running means and variances of the checkpoint in training mode too. Their weights
@@ -93,7 +93,7 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
             raise ValueError(f"width is {self.width}: it must be an even number of channels; RN50 has 64.")
         if self.image_size < DOWNSAMPLING or self.image_size % DOWNSAMPLING:
             raise ValueError(
-                f"image_size is {self.image_size}: the tower halves the picture five times, "
+                f"image_size is {self.image_size}: the tower halves the image five times, "
                 f"so it must be a multiple of {DOWNSAMPLING}."
             )
         heads = self.num_attention_heads
@@ -106,7 +106,7 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
 
 @strict
 class CLIPResNetConfig(PreTrainedConfig):
-    """Configuration of [`CLIPResNetModel`]: a modified ResNet for pictures beside CLIP's own text tower.
+    """Configuration of [`CLIPResNetModel`]: a modified ResNet as image tower, and CLIP's text tower.
 
     Args:
         text_config: [`~transformers.CLIPTextConfig`] or a dict of its fields.

@@ -45,7 +45,7 @@ _HALF_PRECISION = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 @dataclass
 class BalladOutput(ModelOutput):
-    """What [`BalladForImageClassification`] returns.
+    """Output of [`BalladForImageClassification`].
 
     Args:
         loss: cross-entropy in float32, where `labels` were given.
@@ -63,7 +63,7 @@ class BalladOutput(ModelOutput):
 
 
 class LinearAdapter(nn.Module):
-    """`f' = ratio * W f + (1 - ratio) * f`: one square matrix, no bias and no activation, so that it can be folded.
+    """`f' = ratio * W f + (1 - ratio) * f`: a square matrix without bias or activation, so that it can be folded.
 
     Args:
         dim: width of the features.
@@ -128,7 +128,7 @@ class BalladPreTrainedModel(PreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Text features after projection, not normalised, in `.pooler_output`: (texts, dim).
 
-        SigLIP's fixed length and missing mask are seen to here, however the texts were padded.
+        SigLIP's text tower gets its fixed length and no mask, however the texts were padded.
 
         Raises:
             ValueError: the text tower was removed.
@@ -159,7 +159,7 @@ class BalladPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # The matrix, not its module: outside transformers, modules without a parameter of their own are passed over.
+        # The linear layer itself: transformers skips modules without parameters of their own outside its package.
         if module is self.adapter.linear:
             if self.config.adapter_init == "identity":
                 init.eye_(module.weight)
@@ -250,14 +250,15 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
             pixel_values: (batch, channels, height, width), as the image processor makes them.
             input_ids: (texts, length) token ids; then the texts are the classes.
             attention_mask: (texts, length), 1 for tokens and 0 for padding.
-            labels: (batch,) right class of each picture, for the loss.
-            target_prior: how common the stored classes are here, in the place of the config's; see
-                `set_target_prior`. Without effect on given texts.
+            labels: (batch,) class index of each image, for the loss.
+            target_prior: how common the stored classes are here; replaces the config's, see `set_target_prior`.
+                Ignored where text is given.
             return_dict: `False` for a tuple.
             kwargs: passed to the image tower, such as `interpolate_pos_encoding`.
 
         Raises:
-            ValueError: without text, where no class embeddings are stored or they belong to other names.
+            ValueError: no text is given, and the class embeddings are missing or stale; in evaluation mode without
+                labels, the logits are not finite.
         """
         image_features = self.get_image_features(pixel_values, **kwargs).pooler_output  # (batch, dim)
         if input_ids is None:

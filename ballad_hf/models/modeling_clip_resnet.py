@@ -2,7 +2,7 @@
 
 It departs from an ordinary ResNet in three ways: a stem of three 3 x 3 convolutions with an average pool instead of
 one 7 x 7 convolution with a max pool; an average pool before every strided convolution, against aliasing (Zhang,
-2019); and attention in place of the final average: the mean of the feature map asks and every cell answers.
+2019); and attention pooling at the end, with the mean of the feature map as the query.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class CLIPResNetAttentionPool(nn.Module):
 
 
 class CLIPResNetPreTrainedModel(CLIPPreTrainedModel):
-    """No release of transformers has these models, so a saved one has its code beside its weights."""
+    """transformers does not have these models, so a saved one has its code beside its weights."""
 
     config_class = CLIPResNetConfig
     base_model_prefix = "clip_resnet"
@@ -198,19 +198,19 @@ class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
 
         Args:
             pixel_values: (batch, channels, height, width), as the image processor makes them.
-            interpolate_pos_encoding: take pictures of another size than the trained one.
+            interpolate_pos_encoding: accept images of another size than in training.
             output_hidden_states: also give the map after the stem and after each stage.
             return_dict: `False` for a tuple.
-            kwargs: of the transformer towers; without meaning here.
+            kwargs: arguments of other image towers, ignored.
 
         Raises:
-            ValueError: pictures of another size without `interpolate_pos_encoding`.
+            ValueError: images of another size without `interpolate_pos_encoding`.
         """
         height, width = pixel_values.shape[-2:]
         size = self.config.image_size
         if not interpolate_pos_encoding and (height, width) != (size, size):
             raise ValueError(
-                f"The pictures are {height} x {width} pixels, but this model takes {size} x {size}: use its image "
+                f"The images are {height} x {width} pixels, but this model takes {size} x {size}: use its image "
                 "processor, or pass interpolate_pos_encoding=True."
             )
         # Convolutions are fastest with the channels last, on CPUs and on tensor cores; weights may stay as they are.
