@@ -18,7 +18,7 @@ from typing import Literal
 from accelerate import Accelerator
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
-from ballad_hf import LongTailMetrics, load_splits
+from ballad_hf import LongTailMetrics, load_image_dataset
 from ballad_hf.commands.errors import errors_in_one_line
 from ballad_hf.conversion.convert import load_ballad
 from ballad_hf.data.transforms import evaluation_transform, five_crop_transform
@@ -98,25 +98,25 @@ def main(command_line: list[str]) -> None:
     model = load_ballad(options.model)
     image_processor = AutoImageProcessor.from_pretrained(options.model)
     with accelerator.main_process_first():
-        splits = load_splits(**vars(data), seed=options.seed)
+        splits = load_image_dataset(**vars(data), seed=options.seed)
+    dataset_name = splits["train"].info.dataset_name
     if options.classes == "data":
         if not model.config.has_text_tower:
             raise ValueError(
                 f"{options.model} has no text tower, so it can't take the classes of the data: leave --classes out."
             )
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model.set_class_names(splits.class_names, tokenizer)
+        model.set_class_names(splits["train"].features["label"].names, tokenizer)
     if options.classes == "data" or model.config.class_counts is None:
-        model.config.class_counts = align_labels(splits.train, model.config.class_names).class_counts.tolist()
-    available = dict(splits.items())
-    if options.split not in available:
-        raise ValueError(f"{splits.name} has no {options.split} split: choose --split from {', '.join(available)}.")
-    if options.unknown_dataset is not None and splits.validation is None:
+        model.config.class_counts = align_labels(splits["train"], model.config.class_names).class_counts.tolist()
+    if options.split not in splits:
+        raise ValueError(f"{dataset_name} has no {options.split} split: choose --split from {', '.join(splits)}.")
+    if options.unknown_dataset is not None and "validation" not in splits:
         raise ValueError(
             "unknown_dataset takes its threshold from the validation split, and there is none: give validation_split "
             "or validation_fraction."
         )
-    dataset = align_labels(available[options.split], model.config.class_names)
+    dataset = align_labels(splits[options.split], model.config.class_names)
 
     # Settings that override the model's own.
     if options.adapter_ratio is not None:
@@ -134,10 +134,10 @@ def main(command_line: list[str]) -> None:
     predictions = predict(model, dataset, split=options.split, **loading)
     unknown = None
     if options.unknown_dataset is not None:
-        others = load_splits(options.unknown_dataset, on_unreadable=data.on_unreadable, seed=options.seed)
-        unknown = predict(model, others.test or others.validation, unknown=True, **loading)
+        others = load_image_dataset(options.unknown_dataset, on_unreadable=data.on_unreadable, seed=options.seed)
+        unknown = predict(model, others["test" if "test" in others else "validation"], unknown=True, **loading)
         threshold = threshold_that_keeps(
-            predict(model, align_labels(splits.validation, dataset.class_names), **loading)
+            predict(model, align_labels(splits["validation"], dataset.class_names), **loading)
         )
 
     # The results.
@@ -145,7 +145,7 @@ def main(command_line: list[str]) -> None:
         return
     metrics = LongTailMetrics.from_predictions(predictions, model.config.class_counts, model.config.class_names)
     name = Path(options.model).name
-    print(f"\n{splits.name}: accuracy on {len(dataset)} {options.split} images, in percent\n")
+    print(f"\n{dataset_name}: accuracy on {len(dataset)} {options.split} images, in percent\n")
     print(metrics_table({name: metrics}))
     for metric, (low, high) in confidence_intervals(metrics).items():
         print(f"{metric}: {percent(getattr(metrics, metric))}, 95% CI {percent(low)} to {percent(high)}")
@@ -163,7 +163,7 @@ def main(command_line: list[str]) -> None:
         output_dir,
         {name: metrics},
         {name: predictions},
-        title=f"{name} on {splits.name}",
+        title=f"{name} on {dataset_name}",
         dataset=dataset,
         arguments=vars(data) | vars(options),
         overwrite=options.overwrite_output_dir,

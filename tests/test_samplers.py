@@ -17,6 +17,7 @@ from ballad_hf.data.samplers import (
     SampleIndex,
     SeededSampler,
     build_sampler,
+    view_seed,
 )
 
 
@@ -219,17 +220,17 @@ def test_the_global_random_state_has_no_say():
         assert list(sampler) == before
 
 
-def test_draws_carry_the_seed_of_their_place():
-    draws = SeededSampler(InstanceSampler(LONG_TAIL, seed=0), seed=9)
-    draws.set_epoch(2)
-    first = list(draws)
-    assert first == list(draws)
-    assert [draw.index for draw in first] == list(draws.sampler)
-    assert len({draw.seed for draw in first}) == len(first)
-    assert {draw.epoch for draw in first} == {2}
-    assert all(0 <= draw.seed < 2**63 for draw in first)
-    draws.set_epoch(3)
-    assert not {draw.seed for draw in draws} & {draw.seed for draw in first}
+def test_samples_carry_the_seed_of_their_position():
+    samples = SeededSampler(InstanceSampler(LONG_TAIL, seed=0), seed=9)
+    samples.set_epoch(2)
+    first = list(samples)
+    assert first == list(samples)
+    assert [sample.index for sample in first] == list(samples.sampler)
+    assert {sample.epoch for sample in first} == {2}
+    samples.set_epoch(3)
+    seeds = [sample.seed for sample in [*first, *samples]] + [view_seed(9, view, 5) for view in range(3)]
+    drawn = {np.random.default_rng(seed).integers(2**62) for seed in seeds}
+    assert len(drawn) == 2 * len(first) + 3
     assert pickle.loads(pickle.dumps(SampleIndex(1, 2, 3))) == SampleIndex(1, 2, 3)
 
 

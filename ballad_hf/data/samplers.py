@@ -1,13 +1,12 @@
 """Which image comes next: class-aware sampling and its relatives.
 
-Each sampler's order is a pure function of (labels, seed, epoch, position). Every process computes the same global
-order and takes its own batches from it; nothing is kept between rows, so an interrupted epoch goes on exactly where it
-stopped, and 10 million labels cost little more memory than one array of row numbers.
+The order of an epoch is a pure function of (labels, seed, epoch), made of numpy's seeded permutations. Every process
+computes the same global order and takes its own batches from it, and an interrupted epoch resumes exactly where it
+stopped, since no state is kept.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,17 +14,15 @@ import numpy as np
 from torch.utils.data import Sampler
 from transformers.utils import logging
 
-from .keyed_random import mix, permute, uniform
 from .long_tail import ClassIndex, checked_labels
 
 
 logger = logging.get_logger(__name__)
 
-# Rows are worked out this many at a time: enough for numpy to be quick, few enough to stay in the processor's cache.
 _BLOCK = 1 << 16
 
-# Names for the separate uses of a seed, so that no two draws share a key.
-_CLASS_ORDER, _WITHIN_CLASS, _ROW_ORDER, _OFFSET, _AUGMENTATION = range(5)
+# Names for the separate uses of a seed, so that no two choices share their random numbers.
+_CLASS_ORDER, _WITHIN_CLASS, _ROW_ORDER, _AUGMENTATION, _VIEW = range(5)
 
 
 class SampleIndex(NamedTuple):
@@ -33,20 +30,25 @@ class SampleIndex(NamedTuple):
 
     Args:
         index: the row.
-        seed: of the image's augmentation.
+        seed: of the image's augmentation, for `numpy.random.default_rng`.
         epoch: for transforms that change as training goes on.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
-    seed: int
+    seed: int | tuple[int, ...]
     epoch: int = 0
+
+
+def view_seed(seed: int, view: int, row: int) -> tuple[int, ...]:
+    """Seed of the augmentation of one view of a row, apart from every seed of training."""
+    return (seed, _VIEW, view, row)
 
 
 class EpochSampler(Sampler[int]):
     """What the samplers share: length, epoch, and rows at any positions of the order.
 
     Args:
-        length: rows an epoch.
+        length: rows per epoch.
         multiple_of: the length is rounded down to a multiple of this. With the global batch (batch size times
             processes), every process has the same number of full batches and no row is repeated to fill one.
         seed: of every choice.
@@ -65,6 +67,7 @@ class EpochSampler(Sampler[int]):
         self.seed = int(seed)
         self.epoch = 0
         self._length = length - length % multiple_of
+        self._order: tuple[int, np.ndarray] | None = None  # the epoch and its rows, made when first asked for
 
     def __len__(self) -> int:
         return self._length
@@ -80,11 +83,10 @@ class EpochSampler(Sampler[int]):
         stop = len(self) if stop is None else stop
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"Positions {start} to {stop} are outside the epoch, which has {len(self)}.")
-        rows = np.empty(stop - start, dtype=np.int64)
-        for begin in range(start, stop, _BLOCK):
-            end = min(begin + _BLOCK, stop)
-            rows[begin - start : end - start] = self._rows_at(np.arange(begin, end))
-        return rows
+        if self._order is None or self._order[0] != self.epoch:
+            self._order = None  # so that two epochs never are in memory at once
+            self._order = (self.epoch, self._epoch_rows())
+        return self._order[1][start:stop].astype(np.int64)
 
     def __iter__(self) -> Iterator[int]:
         for begin in range(0, len(self), _BLOCK):
@@ -121,8 +123,12 @@ class EpochSampler(Sampler[int]):
         """The labels that occur, and the share of each in the epoch, in any scale."""
         raise NotImplementedError
 
-    def _rows_at(self, positions: np.ndarray) -> np.ndarray:
+    def _epoch_rows(self) -> np.ndarray:
+        """The rows of the epoch in order: (length,)."""
         raise NotImplementedError
+
+    def _generator(self, *use: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, *use))
 
 
 class InstanceSampler(EpochSampler):
@@ -148,8 +154,10 @@ class InstanceSampler(EpochSampler):
     def _class_shares(self) -> tuple[np.ndarray, np.ndarray]:
         return np.unique(self._labels, return_counts=True)
 
-    def _rows_at(self, positions: np.ndarray) -> np.ndarray:
-        return permute(positions, self._size, mix(self.seed, _ROW_ORDER, self.epoch))
+    def _epoch_rows(self) -> np.ndarray:
+        rows = np.arange(self._size, dtype=np.int32 if self._size < 2**31 else np.int64)
+        self._generator(_ROW_ORDER, self.epoch).shuffle(rows)
+        return rows[: len(self)]
 
 
 class ClassAwareSampler(EpochSampler):
@@ -162,7 +170,7 @@ class ClassAwareSampler(EpochSampler):
     Args:
         labels: (n,) integer labels, of any range, with gaps or not.
         samples_per_class: images of a class that follow each other; the paper uses 4.
-        length: rows an epoch; default: as many as there are labels.
+        length: rows per epoch; default: as many as there are labels.
         multiple_of: the length is rounded down to a multiple of this, such as the global batch.
         seed: of every choice.
 
@@ -210,29 +218,52 @@ class ClassAwareSampler(EpochSampler):
                 f"draw repeats some of them. With samples_per_class={int(self._index.counts.min())} none would."
             )
 
-    def _rows_at(self, positions: np.ndarray) -> np.ndarray:
+    def _epoch_rows(self) -> np.ndarray:
         index, k = self._index, self.samples_per_class
-        cycle, place = np.divmod(positions + self.epoch * len(self), len(index) * k)
-        rank, nth = np.divmod(place, k)
-        chosen = permute(rank, len(index), mix(self.seed, _CLASS_ORDER, cycle))  # class at each position
-        counts = index.counts[chosen]
-        lap, offset = np.divmod(cycle * k + nth, counts)
-        within = permute(offset, counts, mix(self.seed, _WITHIN_CLASS, chosen, lap))
-        return index.members[index.starts[chosen] + within]
+        in_cycle = len(index) * k
+        start = self.epoch * len(self)
+        first, last = start // in_cycle, -(-(start + len(self)) // in_cycle)  # cycles that the epoch has a part of
+        orders = self._permutations(np.arange(len(index)), first, last, _BLOCK, _CLASS_ORDER)
+        orders = orders.reshape(-1, len(index))  # (cycles, classes)
+        # Each class is drawn k times a cycle: (classes, cycles, k) rows.
+        drawn = np.empty((len(index), last - first, k), dtype=index.members.dtype)
+        for place, count in enumerate(index.counts.tolist()):
+            begin, end = first * k, last * k
+            laps = self._permutations(
+                index.rows_of(place), begin // count, -(-end // count), len(self) // len(index), _WITHIN_CLASS, place
+            )
+            begin -= begin // count * count
+            drawn[place] = laps[begin : begin + (last - first) * k].reshape(-1, k)
+        rows = drawn[orders, np.arange(last - first)[:, None]].reshape(-1)  # (cycles * classes * k,)
+        return rows[start - first * in_cycle :][: len(self)]
+
+    def _permutations(self, values: np.ndarray, start: int, stop: int, block: int, *use: int) -> np.ndarray:
+        """The random permutations of the values with the numbers `start` to `stop`, one after the other.
+
+        They are drawn in blocks of about so many values, each with a generator of its own: the numbers before `start`
+        need not be drawn.
+        """
+        each = max(1, -(-block // len(values)))  # permutations in a block
+        first, last = start // each, -(-stop // each)
+        tiled = np.tile(values, ((last - first) * each, 1))
+        for number in range(first, last):
+            permutations = tiled[(number - first) * each :][:each]
+            self._generator(*use, number).permuted(permutations, axis=1, out=permutations)
+        return tiled[start - first * each : stop - first * each].reshape(-1)
 
 
 class ClassWeightSampler(EpochSampler):
     """Classes in given shares, by systematic sampling (Madow, 1949): each class has its share of the epoch, rounded.
 
     Independent draws would give a tail class zero images in one epoch and twice its share in the next; here it has
-    its share up or down to the next whole number, at positions that are shuffled over the whole epoch. The images of
-    a class come without repetition until all were used.
+    its share up or down to the next whole number, at positions that are shuffled over the whole epoch. Within an
+    epoch, the images of a class are used equally often, up to one.
 
     Args:
         labels: (n,) integer labels, of any range, with gaps or not.
         class_weights: (classes,) share of each class that occurs, in the order of the labels, in any scale; or a
             function that makes them of the classes' counts.
-        length: rows an epoch; default: as many as there are labels.
+        length: rows per epoch; default: as many as there are labels.
         multiple_of: the length is rounded down to a multiple of this, such as the global batch.
         seed: of every choice.
 
@@ -281,21 +312,25 @@ class ClassWeightSampler(EpochSampler):
     def _class_shares(self) -> tuple[np.ndarray, np.ndarray]:
         return self._index.classes, self._epoch_weights()
 
-    def _rows_at(self, positions: np.ndarray) -> np.ndarray:
+    def _epoch_rows(self) -> np.ndarray:
         index, length = self._index, len(self)
+        rng = self._generator(_ROW_ORDER, self.epoch)
         ends = np.cumsum(self._epoch_weights())
-        ends *= length / ends[-1]  # (classes,) the epoch cut into one piece a class
+        ends *= length / ends[-1]  # (classes,) the epoch cut into one piece per class
         # Whole shares stay whole: rounding errors of the sum must not move a row to the next class.
         ends = np.where(np.abs(ends - np.rint(ends)) < 1e-6, np.rint(ends), ends)
-        shift = uniform(self.seed, _OFFSET, self.epoch)
-        first = np.ceil(np.concatenate([[0.0], ends[:-1]]) - shift).astype(np.int64)  # first slot of each class
-        slot = permute(positions, length, mix(self.seed, _ROW_ORDER, self.epoch))
-        chosen = np.searchsorted(ends, slot + shift, side="right")
-        chosen = np.minimum(chosen, len(index) - 1)
-        counts = index.counts[chosen]
-        lap, offset = np.divmod(slot - first[chosen], counts)
-        within = permute(offset, counts, mix(self.seed, _WITHIN_CLASS, self.epoch, chosen, lap))
-        return index.members[index.starts[chosen] + within]
+        drawn = np.diff(np.ceil(ends - rng.random()).clip(0, length).astype(np.int64), prepend=0)  # (classes,)
+        rows = np.empty(length, dtype=index.members.dtype)
+        filled = 0
+        for place, number in enumerate(drawn.tolist()):
+            of_class = index.rows_of(place)
+            times, rest = divmod(number, len(of_class))
+            whole = filled + times * len(of_class)
+            rows[filled:whole].reshape(times, len(of_class))[:] = of_class
+            rows[whole : filled + number] = rng.choice(of_class, rest, replace=False, shuffle=False)
+            filled += number
+        rng.shuffle(rows)
+        return rows
 
 
 class PowerSampler(ClassWeightSampler):
@@ -438,8 +473,8 @@ class SeededSampler(Sampler[SampleIndex]):
     Example:
 
     >>> from ballad_hf.data.samplers import InstanceSampler, SeededSampler
-    >>> draws = SeededSampler(InstanceSampler([0, 1]), seed=1)
-    >>> sorted(draw.index for draw in draws), list(draws) == list(draws)
+    >>> samples = SeededSampler(InstanceSampler([0, 1]), seed=1)
+    >>> sorted(sample.index for sample in samples), list(samples) == list(samples)
     ([0, 1], True)
     """
 
@@ -459,11 +494,5 @@ class SeededSampler(Sampler[SampleIndex]):
 
     def __iter__(self) -> Iterator[SampleIndex]:
         epoch = self.epoch
-        for row, seed in zip(self.sampler, self._seeds(epoch), strict=False):
-            yield SampleIndex(int(row), seed, epoch)
-
-    def _seeds(self, epoch: int) -> Iterator[int]:
-        for begin in itertools.count(step=_BLOCK):
-            positions = np.arange(begin, begin + _BLOCK)
-            # One bit less than 64, so that a seed fits every signed integer on its way.
-            yield from (mix(self.seed, _AUGMENTATION, epoch, positions) >> np.uint64(1)).tolist()
+        for position, row in enumerate(self.sampler):
+            yield SampleIndex(int(row), (self.seed, _AUGMENTATION, epoch, position), epoch)

@@ -147,15 +147,14 @@ def predict(
         raise ValueError(f"batch_size is {batch_size}: choose 1 or more.")
     if num_workers < 0:
         raise ValueError(f"num_workers is {num_workers}: choose 0 (load in this process) or more.")
-    dataset = as_image_dataset(dataset)
-    if not unknown:
-        check_class_order(dataset, model.config.class_names)
     if transform is None and processing_class is not None:
         from ..data.transforms import evaluation_transform
 
         transform = evaluation_transform(getattr(processing_class, "image_processor", processing_class))
     if transform is not None:
-        dataset = dataset.with_transform(transform)
+        dataset = as_image_dataset(dataset).with_transform(transform)
+    if not unknown:
+        check_class_order(dataset, model.config.class_names)
     shard = []
     for predictions, logits in _predict_shard(
         model, dataset, batch_size, num_workers, logit_shift, accelerator, unknown, progress

@@ -20,7 +20,6 @@ from transformers.utils import logging
 
 from ..conversion.processors import processor_of
 from ..data.image_dataset import as_image_dataset, check_class_order
-from ..data.keyed_random import mix
 from ..models.class_embeddings import evaluation_mode
 from .cache import FeatureCache, encoder_fingerprint, preprocessing_fingerprint
 from .shards import ShardPlan, StoredTable, digest_of
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # Raised whenever the same inputs would give other features than before.
-_EXTRACTION_VERSION = 3
+_EXTRACTION_VERSION = 4
 
 
 def extract_features(
@@ -134,11 +133,6 @@ def extract_features(
         provenance=provenance,
         check_finite=False,  # checked when they were computed; the checksums hold since
     )
-
-
-def view_seeds(rows: np.ndarray, view: int, seed: int) -> np.ndarray:
-    """Seed of one view of each row, a pure function of (seed, view, row): (rows,) int64, not negative."""
-    return (mix(seed, view, rows) >> np.uint64(1)).astype(np.int64)
 
 
 class _Work:
@@ -312,12 +306,12 @@ class _Views(Dataset):
         return len(self.vectors)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        from ..data.samplers import SampleIndex
+        from ..data.samplers import SampleIndex, view_seed
 
         vector = int(self.vectors[position])
         row = int(np.searchsorted(self.offsets, vector, side="right")) - 1
         view = vector - int(self.offsets[row])
-        item = self.images[SampleIndex(row, int(view_seeds(np.array([row]), view, self.seed)[0]))]
+        item = self.images[SampleIndex(row, view_seed(self.seed, view, row))]
         if item["index"] != row:
             raise RuntimeError(f"The dataset gave image {item['index']} where image {row} was asked for.")
         return {"pixel_values": item["pixel_values"], "index": row}

@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
 from ..commands.errors import errors_in_one_line
 from ..conversion.convert import load_ballad
-from ..data.sources import load_splits
+from ..data.sources import load_image_dataset
 from ..data.transforms import five_crop_transform, train_transform
 from ..evaluation.evaluate import align_labels, evaluate
 from ..evaluation.frontier import save_frontier
@@ -108,13 +108,13 @@ def main(command_line: Sequence[str] | None = None) -> Path:
     model = load_ballad(options.model)
     image_processor = AutoImageProcessor.from_pretrained(options.model)
     with accelerator.main_process_first():
-        splits = load_splits(**vars(data), seed=options.seed)
-    if splits.validation is None:
+        dataset = load_image_dataset(**vars(data), seed=options.seed)
+    if "validation" not in dataset:
         raise ValueError(
             "There is no validation split, on which a sweep chooses: name one with --validation_split, or hold one "
             "out with --validation_fraction."
         )
-    tables = _tables(model, splits, image_processor, phase_b, options, accelerator)
+    tables = _tables(model, dataset, image_processor, phase_b, options, accelerator)
     if not accelerator.is_main_process:
         return folder
     test = tables["validation" if tables["test"] is None else "test"]
@@ -147,7 +147,7 @@ def main(command_line: Sequence[str] | None = None) -> Path:
     split_name = "validation" if tables["test"] is None else "test"
     _say(f"\nThe frontier on {len(tables['validation'])} validation images, accuracy in percent\n")
     _say(frontier.table())
-    _say(f"\n{splits.name}: accuracy on {len(test)} {split_name} images, in percent\n")
+    _say(f"\n{dataset['train'].info.dataset_name}: accuracy on {len(test)} {split_name} images, in percent\n")
     if rivals:
         _say(metrics_table(rivals).rsplit("\n", 1)[0] + "\n")  # without the line of gains, as they are no stages
     _say(f"{metrics_table(scored)}\n\nSaved in {folder}")
@@ -174,7 +174,7 @@ def _parse(command_line: list[str]) -> tuple[DataArguments, PhaseBArguments, Swe
 
 
 def _tables(
-    model, splits, image_processor, phase_b: PhaseBArguments, options: SweepArguments, accelerator
+    model, dataset, image_processor, phase_b: PhaseBArguments, options: SweepArguments, accelerator
 ) -> dict[str, Any]:
     """The feature table of each split; `None` where there is no test split."""
     common = {
@@ -188,7 +188,7 @@ def _tables(
     if options.five_crop:
         plain = {"transform": five_crop_transform(image_processor), "views": 5}
     names = model.config.class_names
-    train = align_labels(splits.train, names)
+    train = align_labels(dataset["train"], names)
     model.config.class_counts = train.class_counts.tolist()
     augmented: dict[str, Any] = {"processing_class": image_processor}
     if phase_b.views != 1:
@@ -196,10 +196,9 @@ def _tables(
         augmented = {"transform": transform, "views": phase_b.views}
     tables: dict[str, Any] = {"train": extract_features(model, train, **augmented, **common)}
     for part in ("validation", "test"):
-        split = getattr(splits, part)
-        if split is not None:
-            split = align_labels(split, names)
-        tables[part] = None if split is None else extract_features(model, split, **plain, **common)
+        tables[part] = None
+        if part in dataset:
+            tables[part] = extract_features(model, align_labels(dataset[part], names), **plain, **common)
     return tables
 
 
