@@ -6,7 +6,7 @@ import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -45,9 +45,6 @@ from .summary import (
     write_class_csv,
 )
 
-
-if TYPE_CHECKING:
-    from ..data.image_dataset import ImageDataset
 
 METRICS_FILE, CLASSES_FILE, MISTAKES_FILE, REPORT_FILE = "metrics.json", "per_class.csv", "mistakes.csv", "report.html"
 PREDICTIONS_FOLDER, PLOTS_FOLDER = "predictions", "plots"
@@ -102,7 +99,7 @@ def write_results(
     predictions: Mapping[str, Predictions],
     *,
     title: str,
-    dataset: ImageDataset | None = None,
+    dataset: Any = None,
     histories: Histories | None = None,
     arguments: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -114,7 +111,7 @@ def write_results(
         results: metrics by stage or model on the same images, in order; the last is the main result.
         predictions: predictions under the same names.
         title: title of the report, such as the name of the dataset.
-        dataset: the images, for the mistakes with their file names.
+        dataset: the images, for the mistakes with their file names: anything that `as_image_dataset` takes.
         histories: training history by phase, for the curves; see `plot_training_curves`.
         arguments: flat names and values, shown in the report.
         overwrite: replace the results in the folder.
@@ -208,7 +205,7 @@ def save_plots(
     results: Mapping[str, LongTailMetrics],
     predictions: Mapping[str, Predictions],
     *,
-    dataset: ImageDataset | None = None,
+    dataset: Any = None,
     histories: Histories | None = None,
 ) -> list[Path]:
     """Save every plot that the results allow, each as PNG and SVG.
@@ -268,7 +265,7 @@ def write_report(
     predictions: Mapping[str, Predictions] | None = None,
     *,
     title: str,
-    dataset: ImageDataset | None = None,
+    dataset: Any = None,
     plots: Iterable[str | Path] = (),
     arguments: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -407,7 +404,7 @@ def _confusions(kept: Predictions | None, metrics: LongTailMetrics) -> list[tupl
     ]
 
 
-def _mistakes(kept: Predictions | None, metrics: LongTailMetrics, dataset: ImageDataset | None) -> list[Mistake]:
+def _mistakes(kept: Predictions | None, metrics: LongTailMetrics, dataset: Any) -> list[Mistake]:
     if kept is None or dataset is None:
         return []
     return mistake_rows(kept, dataset, metrics.class_names, worst_mistakes(kept))
