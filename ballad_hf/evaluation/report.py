@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..files import explain_full_disk, read_json, write_json, write_text
 from .intervals import Interval, bootstrap_intervals, confidence_intervals
@@ -25,6 +26,7 @@ from .mistakes import (
     write_mistakes_csv,
 )
 from .plots import (
+    DOTS_PER_INCH,
     plot_accuracy_by_frequency,
     plot_gain_by_class,
     plot_reliability,
@@ -91,6 +93,7 @@ class Plot(NamedTuple):
 
     source: str
     caption: str
+    width: int | None
 
 
 def write_results(
@@ -420,7 +423,11 @@ def _plots(files: Iterable[str | Path], images: str) -> list[Plot]:
             smallest[file.stem] = file
     order = [*(name for name in CAPTIONS if name in smallest), *(name for name in smallest if name not in CAPTIONS)]
     return [
-        Plot(_data_url(smallest[name]), CAPTIONS.get(name, name.replace("_", " ")).replace("{images}", images))
+        Plot(
+            _data_url(smallest[name]),
+            CAPTIONS.get(name, name.replace("_", " ")).replace("{images}", images),
+            _shown_width(smallest[name]),
+        )
         for name in order
     ]
 
@@ -430,6 +437,14 @@ _MEDIA_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 def _size(file: Path | None) -> float:
     return float("inf") if file is None else file.stat().st_size
+
+
+def _shown_width(file: Path) -> int | None:
+    """Width in CSS pixels of a PNG, so that its text is as large as that of an SVG, which has its own width."""
+    if file.suffix != ".png":
+        return None
+    with Image.open(file) as image:
+        return round(image.width * 96 / DOTS_PER_INCH)
 
 
 def _data_url(file: Path) -> str:
