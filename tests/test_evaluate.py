@@ -4,13 +4,21 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ballad_hf import BalladForImageClassification, FeatureTable, LongTailMetrics, evaluate
+from ballad_hf import (
+    BalladForImageClassification,
+    FeatureTable,
+    LongTailMetrics,
+    as_image_dataset,
+    evaluate,
+    load_image_dataset,
+)
 from ballad_hf.conversion.tiny_clip import build_tiny_clip
+from ballad_hf.data.image_dataset import ImageDataset
 from ballad_hf.evaluation import evaluate as evaluation
 from ballad_hf.evaluation.evaluate import align_labels, predict
+from ballad_hf.hub.model_directory import save_model_directory
 
 from .conftest import load_splits
 
@@ -21,17 +29,15 @@ NAMES = ["cat", "dog", "owl", "red fox", "zebra"]
 COUNTS = [500, 120, 50, 19, 3]
 
 
-class Images(Dataset):
-    """Random images of five classes."""
+class Images(ImageDataset):
+    """Random images of five classes, which are pixels already."""
 
     def __init__(self, images, views=None, seed=0):
         generator = torch.Generator().manual_seed(seed)
         shape = (images, 3, 32, 32) if views is None else (images, views, 3, 32, 32)
         self.pixels = torch.randn(shape, generator=generator)
-        self.labels = torch.randint(0, 5, (images,), generator=generator).numpy()
-
-    def __len__(self):
-        return len(self.labels)
+        labels = torch.randint(0, 5, (images,), generator=generator).numpy()
+        super().__init__(range(images), labels, NAMES, transform=lambda image, rng: image)
 
     def __getitem__(self, row):
         return {"pixel_values": self.pixels[row], "labels": int(self.labels[row]), "index": row}
@@ -160,7 +166,7 @@ def test_bad_input_is_named(model):
         evaluate(model, Images(2), num_workers=-1)
     with torch.no_grad():
         model.adapter.linear.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"NaN or infinity for images \[0, 1\] of the dataset"):
+    with pytest.raises(ValueError, match=r"rows 0 to 1 of the dataset: .* are not finite"):
         evaluate(model, Images(2))
 
 
@@ -230,3 +236,15 @@ def test_two_processes_count_every_image_once(tmp_path):
             assert shared.predicted.tolist() == alone.predicted.tolist()
             assert np.allclose(shared.negative_log_likelihood, alone.negative_log_likelihood, atol=1e-5)
             assert shared.index.tolist() == list(range(images))
+
+
+def test_the_processor_is_the_models_own_if_none_is_given(tiny_clip, tiny_processor, tmp_path):
+    digits = load_image_dataset("digits")["test"].select(range(6))
+    names = as_image_dataset(digits).class_names
+    model = BalladForImageClassification.from_dual_encoder(tiny_clip.clip, names, tiny_clip.tokenizer)
+    with pytest.raises(ValueError, match="pass processing_class"):
+        predict(model, digits)
+    expected = predict(model, digits, tiny_processor).predicted.tolist()
+    assert predict(model, digits, tiny_clip.image_processor).predicted.tolist() == expected
+    saved = BalladForImageClassification.from_pretrained(save_model_directory(model, tmp_path, tiny_processor))
+    assert predict(saved, digits).predicted.tolist() == expected

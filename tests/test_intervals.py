@@ -103,3 +103,11 @@ def test_a_level_that_is_no_confidence(level):
         wilson(1, 2, level)
     with pytest.raises(ValueError, match="between 0 and 1"):
         bootstrap_intervals(_predictions([0], [0], 2), level=level)
+
+
+def test_the_bootstrap_resamples_the_metric_of_the_metrics():
+    """Class 2 has no image, but is predicted: it counts as an F1 score of 0."""
+    predictions = Predictions.from_logits(np.eye(3)[[0] * 30 + [2] * 30 + [1] * 60], [0] * 60 + [1] * 60)
+    metrics = LongTailMetrics.from_predictions(predictions, None)
+    low, high = bootstrap_intervals(predictions, resamples=200)["macro_f1"]
+    assert low <= metrics.macro_f1 <= high

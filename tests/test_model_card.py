@@ -12,12 +12,14 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from PIL import Image
 
 from ballad_hf import LongTailMetrics
+from ballad_hf.commands.train import parse_arguments
+from ballad_hf.data.image_dataset import ImageDataset
 from ballad_hf.evaluation.predictions import Predictions
 from ballad_hf.hub import model_card
 from ballad_hf.hub.model_card import evaluation_result_file, project_url, render_model_card
-from ballad_hf.training.command_line import parse_arguments
 
 from .conftest import load_splits
 
@@ -206,10 +208,10 @@ def test_the_recipe_on_the_card_trains_again(tiny_ballad, results, tmp_path):
     recipe = text.split("```yaml\n")[1].split("```")[0]
     (tmp_path / "recipe.yaml").write_text(recipe)
     again = parse_arguments(["--config", str(tmp_path / "recipe.yaml")])
-    assert again.phase_a == arguments.phase_a
-    assert again.phase_b == arguments.phase_b
+    assert again.training.phase_a == arguments.training.phase_a
+    assert again.training.phase_b == arguments.training.phase_b
     assert again.model == arguments.model
-    assert again.run.seed == 7
+    assert again.training.seed == 7
 
 
 def test_class_names_cannot_break_the_page(tiny_ballad):
@@ -222,13 +224,13 @@ def test_class_names_cannot_break_the_page(tiny_ballad):
 
 
 def test_thresholds_splits_and_plots_are_those_of_the_run(tiny_ballad):
-    data = type("Data", (), {"__len__": lambda self: 7, "fingerprint": lambda self: "abc123"})()
+    data = ImageDataset([Image.new("L", (2, 2))] * 7, [0] * 7, ["cat"])
     base = _metrics([1, 2, 3, 4, 5])
     metrics = LongTailMetrics.from_dict(base.to_dict() | {"many_above": 200, "few_below": 5})
     plots = ["out/accuracy_by_frequency.png", "out/accuracy_by_frequency.svg", "out/reliability.png"]
     text = str(_card(tiny_ballad, {"phase B": metrics}, datasets={"train": data, "validation": data}, plots=plots))
     assert "more than 200, 5 to 200, and fewer than 5 training images" in text
-    assert "| validation | 7 | `abc123` |" in text
+    assert f"| validation | 7 | `{data.fingerprint()}` |" in text
     assert "| test |" not in text
     assert "](plots/accuracy_by_frequency.png)" in text
     assert ".svg" not in text

@@ -10,6 +10,7 @@ from matplotlib import font_manager
 from PIL import Image
 
 from ballad_hf import LongTailMetrics
+from ballad_hf.data.image_dataset import ImageDataset
 from ballad_hf.evaluation import plots
 from ballad_hf.evaluation.mistakes import plot_confusions, plot_mistakes, thumbnail, worst_confusions, worst_mistakes
 from ballad_hf.evaluation.plots import (
@@ -29,18 +30,10 @@ NAMES = ["cat $5", "a class with a name that does not fit any axis", "猫", "red
 COUNTS = [19, 500, 3, 120, 50]
 
 
-class Images:
-    """A dataset of images of several shapes."""
-
-    def __init__(self, number):
-        self.number = number
-
-    def __len__(self):
-        return self.number
-
-    def image(self, row):
-        assert 0 <= row < self.number
-        return Image.new("L", (8 + row % 3, 5 + row % 7), row % 256)
+def _grey_images(number):
+    """A dataset of grey images of several shapes."""
+    images = [Image.new("L", (8 + row % 3, 5 + row % 7), row % 256) for row in range(number)]
+    return ImageDataset(images, [0] * number, ["grey"])
 
 
 def _predictions(labels, predicted, classes=5, sureness=4.0):
@@ -65,7 +58,7 @@ def stages():
 
 
 def test_every_plot_of_a_run_in_one_call(stages, tmp_path):
-    files = save_plots(tmp_path / "new" / "plots", *stages, dataset=Images(50))
+    files = save_plots(tmp_path / "new" / "plots", *stages, dataset=_grey_images(50))
     names = ["accuracy_by_frequency", "gain_by_class", "reliability", "confusions", "mistakes"]
     assert [file.name for file in files] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
     for file in files:
@@ -85,7 +78,7 @@ def test_the_same_run_gives_the_same_bytes(stages, tmp_path):
 
 def test_what_cannot_be_drawn_is_left_out(tmp_path):
     predictions, metrics = _stage([10] * 5, counts=None)
-    files = save_plots(tmp_path, {"model": metrics}, {"model": predictions}, dataset=Images(50))
+    files = save_plots(tmp_path, {"model": metrics}, {"model": predictions}, dataset=_grey_images(50))
     assert [file.name for file in files] == ["reliability.png", "reliability.svg"]
 
 
@@ -217,16 +210,16 @@ def test_mistakes_show_the_images_of_their_rows():
     predictions = _predictions([0, 1], [1, 1], 2)
     logits = np.array([[0.0, 4.0], [0.0, 4.0]])
     moved = Predictions.from_logits(logits, [0, 1], index=[5, 2])
-    axes = plot_mistakes(moved, Images(6), ["cat", "dog"]).axes[0]
+    axes = plot_mistakes(moved, _grey_images(6), ["cat", "dog"]).axes[0]
     assert axes.get_title() == "cat\n→ dog\n98% confident"
     shown = np.asarray(axes.images[0].get_array())
     assert shown.shape[:2] == (128, 128)
     assert (shown[64, 64] == 5).all()  # row 5 is a image of the grey 5
     with pytest.raises(ValueError, match="row 5, but the dataset has 3 images"):
-        plot_mistakes(moved, Images(3))
+        plot_mistakes(moved, _grey_images(3))
     with pytest.raises(ValueError, match="no mistakes"):
-        plot_mistakes(_predictions([0], [0], 2), Images(1))
-    assert plot_mistakes(predictions, Images(2)).axes[0].get_title() == "class 0\n→ class 1\n98% confident"
+        plot_mistakes(_predictions([0], [0], 2), _grey_images(1))
+    assert plot_mistakes(predictions, _grey_images(2)).axes[0].get_title() == "class 0\n→ class 1\n98% confident"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 900), (900, 3), (128, 128), (4000, 3000)])
@@ -236,7 +229,7 @@ def test_thumbnails_are_squares_of_any_image(size):
 
 def test_dollars_are_no_formula(tmp_path):
     predictions, metrics = _stage([1, 2], counts=[500, 3], names=["$\\frac$", "a $ b $"])
-    save_plots(tmp_path, {"m": metrics}, {"m": predictions}, dataset=Images(20))
+    save_plots(tmp_path, {"m": metrics}, {"m": predictions}, dataset=_grey_images(20))
 
 
 def test_names_are_cut_in_the_middle():
@@ -331,7 +324,7 @@ def test_no_plot_has_boxes_in_the_place_of_letters(only_the_first_font, tmp_path
     results = {stage: entry[1] for stage, entry in made.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns of each missing glyph
-        save_plots(tmp_path, results, {stage: entry[0] for stage, entry in made.items()}, dataset=Images(50))
+        save_plots(tmp_path, results, {stage: entry[0] for stage, entry in made.items()}, dataset=_grey_images(50))
 
 
 def test_a_font_that_is_installed_is_used(tmp_path, monkeypatch):

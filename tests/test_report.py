@@ -3,6 +3,7 @@
 import base64
 import csv
 import errno
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from ballad_hf import LongTailMetrics
+from ballad_hf.data.image_dataset import ImageDataset
 from ballad_hf.evaluation.predictions import Predictions
 from ballad_hf.evaluation.report import read_results, save_plots, write_report, write_results
 from ballad_hf.evaluation.summary import class_rows, write_class_csv
@@ -209,17 +211,14 @@ def test_bad_folders_and_names(tmp_path):
         write_results(tmp_path, results, clash, title="Letters")
 
 
-class Dataset:
-    """Images with file names, as a dataset gives them."""
-
-    def __len__(self):
-        return 12
-
-    def image(self, row):
-        return Image.new("RGB", (8, 8), (20 * row, 0, 0))
-
-    def image_name(self, row):
-        return f"photos/=cat & co/{row}.png"
+def _named_images():
+    """Twelve images with file names."""
+    files = []
+    for row in range(12):
+        content = io.BytesIO()
+        Image.new("RGB", (8, 8), (20 * row, 0, 0)).save(content, "PNG")
+        files.append({"bytes": content.getvalue(), "path": f"photos/=cat & co/{row}.png"})
+    return ImageDataset(files, [0] * 12, ["cat"])
 
 
 HISTORY = [
@@ -248,7 +247,9 @@ def _words(file):
 def test_everything_that_is_shown_names_the_split(tmp_path, split, monkeypatch):
     monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")  # keeps text as text
     results, predictions = _on_split(split)
-    write_results(tmp_path, results, predictions, title="Letters", dataset=Dataset(), histories={"phase A": HISTORY})
+    write_results(
+        tmp_path, results, predictions, title="Letters", dataset=_named_images(), histories={"phase A": HISTORY}
+    )
     other = "test" if split == "validation" else "validation"
     page = _words(tmp_path / "report.html")
     assert f"12 {split} images" in page
@@ -264,7 +265,7 @@ def test_everything_that_is_shown_names_the_split(tmp_path, split, monkeypatch):
 
 def test_mistakes_carry_their_file_names(tmp_path):
     results, predictions = _on_split("test")
-    write_results(tmp_path, results, predictions, title="Letters", dataset=Dataset())
+    write_results(tmp_path, results, predictions, title="Letters", dataset=_named_images())
     with (tmp_path / "mistakes.csv").open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     last = predictions["phase B"]

@@ -12,7 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from ..conversion.processors import processor_of
 from ..data.image_dataset import ImageDataset, as_image_dataset, check_class_order
+from ..data.transforms import evaluation_transform
 from ..features.scoring import adapted_logits
 from ..features.table import FeatureTable
 from ..models.class_embeddings import evaluation_mode
@@ -49,9 +51,9 @@ def evaluate(
 
     Args:
         model_or_table: a BALLAD model with class embeddings, or a table of its features.
-        dataset: the labelled images, for a model.
-        processing_class: a processor or an image processor, which defines the evaluation transform. Without it and
-            without `transform`, the dataset must return `pixel_values` itself.
+        dataset: the labelled images, for a model: anything that `as_image_dataset` takes.
+        processing_class: a processor or an image processor, which defines the evaluation transform; default: that of
+            the dataset, else the processor of the model.
         split: name of the split, such as `"test"`; reports and plots show it.
         transform: used instead of the processor's. A transform that returns (views, 3, H, W), such as five crops,
             gives test-time augmentation: the logits of the views are averaged.
@@ -147,14 +149,14 @@ def predict(
         raise ValueError(f"batch_size is {batch_size}: choose 1 or more.")
     if num_workers < 0:
         raise ValueError(f"num_workers is {num_workers}: choose 0 (load in this process) or more.")
-    if transform is None and processing_class is not None:
-        from ..data.transforms import evaluation_transform
-
-        transform = evaluation_transform(getattr(processing_class, "image_processor", processing_class))
-    if transform is not None:
-        dataset = as_image_dataset(dataset).with_transform(transform)
+    dataset = as_image_dataset(dataset)
     if not unknown:
         check_class_order(dataset, model.config.class_names)
+    if transform is None and (processing_class is not None or dataset.transform is None):
+        processor = processor_of(model) if processing_class is None else processing_class
+        transform = evaluation_transform(getattr(processor, "image_processor", processor))
+    if transform is not None:
+        dataset = dataset.with_transform(transform)
     shard = []
     for predictions, logits in _predict_shard(
         model, dataset, batch_size, num_workers, logit_shift, accelerator, unknown, progress
@@ -257,8 +259,12 @@ def _predict_shard(
     model.to(device)
     with evaluation_mode(model), torch.no_grad():
         for batch in batches:
-            with autocast():
-                logits = _logits(model, batch["pixel_values"].to(device, non_blocking=True))
+            try:
+                with autocast():
+                    logits = _logits(model, batch["pixel_values"].to(device, non_blocking=True))
+            except ValueError as error:  # such as logits that are not finite
+                rows = batch["index"].tolist()
+                raise ValueError(f"In the batch of rows {rows[0]} to {rows[-1]} of the dataset: {error}") from error
             labels = torch.full_like(batch["labels"], -1) if unknown else batch["labels"]
             logits = _shifted(logits, logit_shift)
             yield _checked_rows(logits, labels, batch["index"], unknown), logits

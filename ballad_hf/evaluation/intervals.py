@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from .metrics import LongTailMetrics, calibration_bins, geometric_mean, harmonic_mean
+from .metrics import LongTailMetrics, calibration_bins, geometric_mean, harmonic_mean, macro_f1
 from .predictions import Predictions
 
 
@@ -127,7 +127,7 @@ def bootstrap_intervals(
         accuracy = hits[present] / support[present]
         _, summed, binned_hits = calibration_bins(confidence[rows], correct[rows])
         return (
-            float((2 * hits / np.maximum(support + predicted_counts, 1))[present].mean()),
+            macro_f1(support, hits, predicted_counts),
             float(likelihood[rows].mean()),
             float(np.abs(summed - binned_hits).sum() / len(rows)),
             harmonic_mean(accuracy),

@@ -144,7 +144,7 @@ class LongTailMetrics:
             worst_class=float(accuracy.min()),
             harmonic_mean=harmonic_mean(accuracy),
             geometric_mean=geometric_mean(accuracy),
-            macro_f1=_macro_f1(support, hits, predicted),
+            macro_f1=macro_f1(support, hits, predicted),
             top_5=float((predictions.rank < 5).mean()) if classes > 5 else None,
             negative_log_likelihood=float(predictions.negative_log_likelihood.mean(dtype=np.float64)),
             expected_calibration_error=calibration_error(predictions.confidence, predictions.correct),
@@ -207,6 +207,21 @@ def geometric_mean(accuracy: np.ndarray) -> float:
     return 0.0 if (accuracy == 0).any() else float(np.exp(np.log(accuracy).mean()))
 
 
+def macro_f1(support: np.ndarray, hits: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean F1 score of the classes among labels or predictions.
+
+    Args:
+        support: (classes,) images of each class.
+        hits: (classes,) correct predictions of each class.
+        predicted: (classes,) predictions of each class.
+
+    >>> macro_f1(np.array([2, 0, 0]), np.array([1, 0, 0]), np.array([1, 1, 0])).__round__(6)
+    0.333333
+    """
+    occurring = support + predicted  # (classes,); 0 for a class among neither labels nor predictions
+    return float((2 * hits[occurring > 0] / occurring[occurring > 0]).mean())
+
+
 def calibration_bins(
     confidence: np.ndarray, correct: np.ndarray, bins: int = CALIBRATION_BINS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -244,11 +259,6 @@ def _class_counts(predictions: Predictions) -> tuple[np.ndarray, np.ndarray, np.
     hits = np.bincount(predictions.labels[predictions.correct], minlength=classes)
     predicted = np.bincount(predictions.predicted, minlength=classes)
     return support, hits, predicted
-
-
-def _macro_f1(support: np.ndarray, hits: np.ndarray, predicted: np.ndarray) -> float:
-    occurring = support + predicted  # (classes,); 0 for a class among neither labels nor predictions
-    return float((2 * hits[occurring > 0] / occurring[occurring > 0]).mean())
 
 
 def _shot_classes(counts: np.ndarray | None, many_above: int, few_below: int) -> dict[str, np.ndarray]:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..data.image_dataset import as_image_dataset
 from .intervals import wilson
 from .plots import GREY, SEQUENTIAL, draw, drawable_names, short
 from .predictions import Predictions
 from .summary import images_of, names_of, write_csv
 
-
-if TYPE_CHECKING:
-    from ..data.image_dataset import ImageDataset
 
 _MOST_CLASSES = 20
 _MOST_MISTAKES = 24
@@ -135,13 +133,14 @@ def worst_mistakes(predictions: Predictions, most: int = _MOST_MISTAKES) -> np.n
 
 
 def mistake_rows(
-    predictions: Predictions, dataset: ImageDataset, class_names: Sequence[str] | None, positions: np.ndarray
+    predictions: Predictions, dataset: Any, class_names: Sequence[str] | None, positions: np.ndarray
 ) -> list[Mistake]:
     """File name, classes and confidence of the mistakes at these positions."""
     names = names_of(class_names, predictions.num_classes)
+    dataset = as_image_dataset(dataset)
     return [
         Mistake(
-            image_name(dataset, int(predictions.index[position])),
+            dataset.image_name(int(predictions.index[position])),
             names[predictions.labels[position]],
             names[predictions.predicted[position]],
             float(predictions.confidence[position]),
@@ -151,14 +150,14 @@ def mistake_rows(
 
 
 def write_mistakes_csv(
-    file: str | Path, predictions: Predictions, dataset: ImageDataset, class_names: Sequence[str] | None = None
+    file: str | Path, predictions: Predictions, dataset: Any, class_names: Sequence[str] | None = None
 ) -> Path:
     """Write every mistake with its file name, the most confident first; by convention `mistakes.csv`.
 
     Args:
         file: path of the file; UTF-8.
         predictions: of one model on `dataset`.
-        dataset: names the images by `image_name(row)`.
+        dataset: anything that `as_image_dataset` takes.
         class_names: in label order.
     """
     rows = mistake_rows(predictions, dataset, class_names, _mistakes(predictions))
@@ -169,15 +168,9 @@ def write_mistakes_csv(
     )
 
 
-def image_name(dataset: Any, row: int) -> str:
-    """Path or name of an image, or its row where the dataset has no names."""
-    name = getattr(dataset, "image_name", None) or getattr(dataset, "name", None)
-    return str(name(row)) if callable(name) else f"image {row}"
-
-
 def plot_mistakes(
     predictions: Predictions,
-    dataset: ImageDataset,
+    dataset: Any,
     class_names: Sequence[str] | None = None,
     most: int = _MOST_MISTAKES,
 ) -> Figure:
@@ -185,7 +178,7 @@ def plot_mistakes(
 
     Args:
         predictions: of one model on `dataset`.
-        dataset: provides the images by `image(row)`.
+        dataset: anything that `as_image_dataset` takes.
         class_names: in label order.
         most: largest number of images.
 
@@ -200,6 +193,7 @@ def plot_mistakes(
             f"The predictions include row {predictions.index.max()}, but the dataset has {len(dataset)} images: "
             "pass the dataset they were made on."
         )
+    dataset = as_image_dataset(dataset)
     names = [short(name, 22) for name in drawable_names(class_names, predictions.num_classes)]
     columns = min(6, max(3, len(positions)))
     rows = -(-len(positions) // columns)

@@ -39,7 +39,7 @@ _FONTS = (
     "Noto Emoji", "Segoe UI Emoji", "Symbola", "Unifont",
 )  # fmt: skip
 _INVISIBLE = {"\u200d", "\ufe0e", "\ufe0f"}  # joiner and variation selectors inside emoji
-_DOTS_PER_INCH = 160
+DOTS_PER_INCH = 160
 # Up to this many classes each class has its name on the axis, its own bar, its own marker.
 _MOST_NAMED, _MOST_BARS, _MOST_MARKERS = 40, 200, 2000
 _FEWEST_IN_A_BIN = 10  # with fewer images, an accuracy has a standard error of up to 16 points or more
@@ -67,8 +67,8 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     """Write `<stem>.png` and `<stem>.svg`; the same figure gives the same bytes."""
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     with _style():
-        figure.savefig(files[0], dpi=_DOTS_PER_INCH, metadata={"Software": None})
-        figure.savefig(files[1], dpi=_DOTS_PER_INCH, metadata={"Date": None, "Creator": None})
+        figure.savefig(files[0], dpi=DOTS_PER_INCH, metadata={"Software": None})
+        figure.savefig(files[1], dpi=DOTS_PER_INCH, metadata={"Date": None, "Creator": None})
     return files
 
 

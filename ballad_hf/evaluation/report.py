@@ -6,11 +6,12 @@ import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..files import explain_full_disk, read_json, write_json, write_text
 from .intervals import Interval, bootstrap_intervals, confidence_intervals
@@ -25,6 +26,7 @@ from .mistakes import (
     write_mistakes_csv,
 )
 from .plots import (
+    DOTS_PER_INCH,
     plot_accuracy_by_frequency,
     plot_gain_by_class,
     plot_reliability,
@@ -45,9 +47,6 @@ from .summary import (
     write_class_csv,
 )
 
-
-if TYPE_CHECKING:
-    from ..data.image_dataset import ImageDataset
 
 METRICS_FILE, CLASSES_FILE, MISTAKES_FILE, REPORT_FILE = "metrics.json", "per_class.csv", "mistakes.csv", "report.html"
 PREDICTIONS_FOLDER, PLOTS_FOLDER = "predictions", "plots"
@@ -94,6 +93,7 @@ class Plot(NamedTuple):
 
     source: str
     caption: str
+    width: int | None
 
 
 def write_results(
@@ -102,7 +102,7 @@ def write_results(
     predictions: Mapping[str, Predictions],
     *,
     title: str,
-    dataset: ImageDataset | None = None,
+    dataset: Any = None,
     histories: Histories | None = None,
     arguments: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -114,7 +114,7 @@ def write_results(
         results: metrics by stage or model on the same images, in order; the last is the main result.
         predictions: predictions under the same names.
         title: title of the report, such as the name of the dataset.
-        dataset: the images, for the mistakes with their file names.
+        dataset: the images, for the mistakes with their file names: anything that `as_image_dataset` takes.
         histories: training history by phase, for the curves; see `plot_training_curves`.
         arguments: flat names and values, shown in the report.
         overwrite: replace the results in the folder.
@@ -208,7 +208,7 @@ def save_plots(
     results: Mapping[str, LongTailMetrics],
     predictions: Mapping[str, Predictions],
     *,
-    dataset: ImageDataset | None = None,
+    dataset: Any = None,
     histories: Histories | None = None,
 ) -> list[Path]:
     """Save every plot that the results allow, each as PNG and SVG.
@@ -268,7 +268,7 @@ def write_report(
     predictions: Mapping[str, Predictions] | None = None,
     *,
     title: str,
-    dataset: ImageDataset | None = None,
+    dataset: Any = None,
     plots: Iterable[str | Path] = (),
     arguments: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -407,7 +407,7 @@ def _confusions(kept: Predictions | None, metrics: LongTailMetrics) -> list[tupl
     ]
 
 
-def _mistakes(kept: Predictions | None, metrics: LongTailMetrics, dataset: ImageDataset | None) -> list[Mistake]:
+def _mistakes(kept: Predictions | None, metrics: LongTailMetrics, dataset: Any) -> list[Mistake]:
     if kept is None or dataset is None:
         return []
     return mistake_rows(kept, dataset, metrics.class_names, worst_mistakes(kept))
@@ -423,7 +423,11 @@ def _plots(files: Iterable[str | Path], images: str) -> list[Plot]:
             smallest[file.stem] = file
     order = [*(name for name in CAPTIONS if name in smallest), *(name for name in smallest if name not in CAPTIONS)]
     return [
-        Plot(_data_url(smallest[name]), CAPTIONS.get(name, name.replace("_", " ")).replace("{images}", images))
+        Plot(
+            _data_url(smallest[name]),
+            CAPTIONS.get(name, name.replace("_", " ")).replace("{images}", images),
+            _shown_width(smallest[name]),
+        )
         for name in order
     ]
 
@@ -433,6 +437,14 @@ _MEDIA_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 def _size(file: Path | None) -> float:
     return float("inf") if file is None else file.stat().st_size
+
+
+def _shown_width(file: Path) -> int | None:
+    """Width in CSS pixels of a PNG, so that its text is as large as that of an SVG, which has its own width."""
+    if file.suffix != ".png":
+        return None
+    with Image.open(file) as image:
+        return round(image.width * 96 / DOTS_PER_INCH)
 
 
 def _data_url(file: Path) -> str:

@@ -32,7 +32,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
-from ..files import StagingFolder
+from ..files import StagingFolder, read_json
 from ..models import modeling_ballad
 from .model_card import is_local_path, strip_local_paths
 from .model_directory import HELD_CHECKPOINTS, LAYOUT, check_model_directory
@@ -103,7 +103,9 @@ def push_model_directory(
     folder = Path(folder)
     check_repo_id(repo_id)
     check_model_directory(folder)
-    files = {file.relative_to(folder).as_posix(): file for file in LAYOUT.files(folder)}
+    # Everything local is read before the network is asked, so that a damaged file is not taken for its fault.
+    card = folder / LAYOUT.card if (folder / LAYOUT.card).is_file() else None
+    content = _content(folder, with_code)
     api = HfApi(token=token)
     with _explained(folder, repo_id, private, with_code, revision), _time_limit():
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -114,8 +116,7 @@ def push_model_directory(
                 "choose another name."
             )
         existing = set(api.list_repo_files(name, revision=revision))
-        card = files.pop(LAYOUT.card, None)
-        operations = _operations(folder, files, existing, with_code)
+        operations = _operations(content, existing)
         api.create_commit(name, operations, commit_message=commit_message, revision=revision)
         if card is not None:
             add = CommitOperationAdd(LAYOUT.card, card)
@@ -358,24 +359,28 @@ def _hold(folder: Path) -> StagingFolder:
     return held
 
 
-def _operations(
-    folder: Path, files: dict[str, Path], existing: set[str], with_code: bool
-) -> list[CommitOperationAdd | CommitOperationDelete]:
-    files = dict(files)
-    config = config_without_local_paths(json.loads(files.pop(LAYOUT.config).read_text(encoding="utf-8")))
+def _content(folder: Path, with_code: bool) -> dict[str, Path | bytes]:
+    """What to upload, by name in the repository, without the card: files, or their content without local paths."""
+    files: dict[str, Path | bytes] = {file.relative_to(folder).as_posix(): file for file in LAYOUT.files(folder)}
+    files.pop(LAYOUT.card, None)
+    config = config_without_local_paths(read_json(folder / LAYOUT.config))
     config.pop("auto_map", None)
-    code = code_files()
     if with_code:
         config = config_with_code(config)
-        files.update({file.name: file for file in code})
-    public = without_local_paths(folder)
-    content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        files.update({file.name: file for file in code_files()})
+    files.update(without_local_paths(folder))
+    files[LAYOUT.config] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return files
+
+
+def _operations(
+    content: Mapping[str, Path | bytes], existing: set[str]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
     stale = {name for name in existing if any(Path(name).match(pattern) for pattern in LAYOUT.weight_patterns)}
-    stale |= existing & {file.name for file in code}
-    stale = {name for name in stale if "/" not in name} - set(files)
+    stale |= existing & {file.name for file in code_files()}
+    stale = {name for name in stale if "/" not in name} - set(content)
     return [
-        *(CommitOperationAdd(name, public.get(name, file)) for name, file in sorted(files.items())),
-        CommitOperationAdd(LAYOUT.config, content),
+        *(CommitOperationAdd(name, file) for name, file in sorted(content.items())),
         *(CommitOperationDelete(name) for name in sorted(stale)),
     ]
 
@@ -419,6 +424,8 @@ def _reason(error: BaseException) -> str:
         return "the Hub client is in offline mode: unset HF_HUB_OFFLINE."
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token: run `hf auth login`, or set HF_TOKEN."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} can't be read ({error.strerror}): check the file."
     if cause is None:
         if any("Timeout" in type(link).__name__ for link in _chain(error)):
             return f"the Hub did not answer within {HUB_TIMEOUT:g} s{detail}: check the network, or try again later."
