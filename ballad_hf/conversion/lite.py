@@ -96,8 +96,9 @@ def load_lite(image_size: int = DEFAULT_IMAGE_SIZE) -> JoinedTowersModel:
         ValueError: a file is not the published one.
     """
     state = _read_state_dict(IMAGE_WEIGHTS)
-    image_tower = _image_tower(state, image_size)
-    model = join_towers(image_tower, state["_fc.weight"], imagenet_class_names(), _text_tower(), load_lite_tokenizer())
+    with torch.random.fork_rng(devices=[]):  # the random start is overwritten
+        image_tower, text_tower = _image_tower(state, image_size), _text_tower()
+    model = join_towers(image_tower, state["_fc.weight"], imagenet_class_names(), text_tower, load_lite_tokenizer())
     model.config.name_or_path = NAME
     return model
 
