@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from ballad_hf import BalladForImageClassification
 from ballad_hf.conversion import lite
-from ballad_hf.models.configuration_efficientnet_lite import EfficientNetLiteConfig
 from ballad_hf.conversion.dual_encoders import load_dual_encoder, load_image_processor, load_tokenizer
+from ballad_hf.models.configuration_efficientnet_lite import EfficientNetLiteConfig
 from ballad_hf.models.modeling_efficientnet_lite import EfficientNetLiteModel
 
 
