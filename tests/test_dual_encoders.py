@@ -39,6 +39,7 @@ from ballad_hf.conversion.dual_encoders import (
 
 from .conftest import CLASS_NAMES
 from .reference import KINDS, TEXT_HEADS, assert_is_the_original, openai_file
+from .test_join_towers import tiny_joined
 from .test_modeling_clip_resnet import built, tiny_config, tiny_picture
 
 
@@ -46,8 +47,8 @@ pytestmark = pytest.mark.numeric
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION = {**TOWER, "image_size": 32, "patch_size": 16}
-FAMILIES = ("clip", "clip_resnet", "siglip", "siglip2", "metaclip_2", "altclip", "chinese_clip")
-WITH_PROJECTION = ("clip", "clip_resnet", "metaclip_2", "altclip", "chinese_clip")
+FAMILIES = ("clip", "clip_resnet", "siglip", "siglip2", "metaclip_2", "altclip", "chinese_clip", "joined_towers")
+WITH_PROJECTION = ("clip", "clip_resnet", "metaclip_2", "altclip", "chinese_clip", "joined_towers")
 
 
 def tiny_model(family: str, tokenizer):
@@ -65,6 +66,8 @@ def tiny_model(family: str, tokenizer):
         elif family == "siglip2":
             vision = {**TOWER, "patch_size": 16, "num_patches": 16}
             model = Siglip2Model(Siglip2Config(text_config={**text, **ends}, vision_config=vision))
+        elif family == "joined_towers":
+            model = tiny_joined(tokenizer)
         elif family == "metaclip_2":
             config = MetaClip2Config(text_config={**text, **ends}, vision_config=VISION, projection_dim=16)
             model = MetaClip2Model(config)

@@ -15,9 +15,14 @@ from ballad_hf import BalladConfig, BalladForImageClassification
 from ballad_hf.conversion.dual_encoders import clip_image_processor
 
 from .conftest import CLASS_NAMES
+from .test_join_towers import tiny_joined
 from .test_modeling_clip_resnet import built, tiny_config, tiny_picture
 
 
+JOINED_CODE = {
+    *("configuration_efficientnet_lite.py", "modeling_efficientnet_lite.py"),
+    *("configuration_joined_towers.py", "modeling_joined_towers.py"),
+}
 FILES = sorted(Path(ballad_hf.models.__file__).parent.glob("*.py"))
 
 
@@ -53,12 +58,14 @@ answers = {}
 
 answers["vit"] = pipeline(task, model="folded-vit")(image, **zero_shot)  # a class of transformers needs no trust
 answers["resnet"] = pipeline(task, model="folded-resnet", trust_remote_code=True)(image, **zero_shot)
+answers["joined"] = pipeline(task, model="folded-joined", trust_remote_code=True)(image, **zero_shot)
 answers["classes"] = [
     type(AutoModel.from_pretrained("folded-vit")).__name__,
     type(AutoModel.from_pretrained("folded-resnet", trust_remote_code=True)).__name__,
 ]
 
 answers["ballad"] = pipeline("image-classification", model="ballad", trust_remote_code=True)(image)
+answers["ballad-joined"] = pipeline("image-classification", model="ballad-joined", trust_remote_code=True)(image)
 model = AutoModelForImageClassification.from_pretrained("ballad", trust_remote_code=True)
 answers["classes"].append(type(model.fold_adapter()).__name__)
 answers["classes"].append(type(AutoModel.from_pretrained("ballad", trust_remote_code=True)).__name__)
@@ -84,8 +91,15 @@ def test_folded_models_and_models_with_code_work_without_the_package(tiny_ballad
     resnet = BalladForImageClassification.from_dual_encoder(built(tiny_config(tokenizer)), CLASS_NAMES, tokenizer)
     with torch.no_grad():
         resnet.adapter.linear.weight.copy_(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))
-    folders = {"folded-vit": tiny_ballad.fold_adapter(), "folded-resnet": resnet.fold_adapter(), "ballad": resnet}
     resnet.config.auto_map = {"AutoModel": "modeling_ballad.BalladModel"}
+    joined = BalladForImageClassification.from_dual_encoder(tiny_joined(tokenizer), CLASS_NAMES, tokenizer)
+    folders = {
+        "folded-vit": tiny_ballad.fold_adapter(),
+        "folded-resnet": resnet.fold_adapter(),
+        "folded-joined": joined.fold_adapter(),
+        "ballad": resnet,
+        "ballad-joined": joined,
+    }
     # As `register_for_auto_class` does, for this test alone.
     monkeypatch.setattr(BalladConfig, "_auto_class", "AutoConfig")
     monkeypatch.setattr(BalladForImageClassification, "_auto_class", "AutoModelForImageClassification")
@@ -96,6 +110,7 @@ def test_folded_models_and_models_with_code_work_without_the_package(tiny_ballad
     assert code["folded-vit"] == set()
     assert code["ballad"] == {file.name for file in FILES} - {"__init__.py"}
     assert code["folded-resnet"] == {"configuration_clip_resnet.py", "modeling_clip_resnet.py"}
+    assert code["folded-joined"] == JOINED_CODE
     image.save(tmp_path / "picture.png")
     done = subprocess.run(
         [sys.executable, "-c", _WITHOUT_BALLAD, "picture.png"],
@@ -112,10 +127,11 @@ def test_folded_models_and_models_with_code_work_without_the_package(tiny_ballad
     labels = ["cat", "dog", "owl"]
     tokens = tokenizer([f"a photo of a {label}." for label in labels], padding=True, return_tensors="pt")
     pixel_values = processor(image, return_tensors="pt").pixel_values
-    for kind, model in (("vit", tiny_ballad), ("resnet", resnet)):
+    for kind, model in (("vit", tiny_ballad), ("resnet", resnet), ("joined", joined)):
         with torch.no_grad():
             probabilities = model(pixel_values, **tokens).logits_per_image[0].softmax(-1)
         assert dict(zip(labels, probabilities.tolist(), strict=True)) == scores(answers[kind])
-    with torch.no_grad():
-        probabilities = resnet(pixel_values).logits[0].softmax(-1)
-    assert dict(zip(CLASS_NAMES, probabilities.tolist(), strict=True)) == scores(answers["ballad"])
+    for kind, model in (("ballad", resnet), ("ballad-joined", joined)):
+        with torch.no_grad():
+            probabilities = model(pixel_values).logits[0].softmax(-1)
+        assert dict(zip(CLASS_NAMES, probabilities.tolist(), strict=True)) == scores(answers[kind])

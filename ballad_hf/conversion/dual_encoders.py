@@ -70,7 +70,9 @@ def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedMo
         ValueError: a file that is no checkpoint, weights that are missing, a model without image and text features.
     """
     if lite.is_lite(name_or_path):
-        return lite.load_lite(**{name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS})
+        own = {name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS}
+        dtype = _as_dtype(own.pop("dtype", torch.float32))
+        return lite.load_lite(**own).to(dtype)
     path = Path(name_or_path)
     if path.is_file():
         return load_openai_clip(path, **kwargs)

@@ -96,7 +96,8 @@ def join_towers(
         sharpness=float(sharpness),
         logit_scale_init_value=math.log(logit_scale),
     )
-    model = JoinedTowersModel(config).eval()
+    with torch.random.fork_rng(devices=[]):  # the random start is overwritten
+        model = JoinedTowersModel(config).eval()
     _copy_weights(image_tower, model.vision_model)
     _copy_weights(text_tower, model.text_model.encoder)
     anchors = _embed([template.replace("{}", name) for name in class_names], model, tokenizer)  # (classes, hidden)

@@ -85,23 +85,22 @@ def is_lite(name_or_path: object) -> bool:
     return str(name_or_path) == NAME and not Path(NAME).exists()
 
 
-def load_lite(image_size: int = DEFAULT_IMAGE_SIZE, dtype: torch.dtype | str = torch.float32) -> JoinedTowersModel:
+def load_lite(image_size: int = DEFAULT_IMAGE_SIZE) -> JoinedTowersModel:
     """The pretrained dual encoder, in evaluation mode.
 
     Args:
         image_size: side of the images in pixels that its image processor makes. The tower takes any size.
-        dtype: of the weights, as itself or by name.
 
     Raises:
         ImportError: a package is not installed; the message says how to install both.
         ValueError: a file is not the published one.
     """
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     state = _read_state_dict(IMAGE_WEIGHTS)
-    image_tower = _image_tower(state, image_size)
-    model = join_towers(image_tower, state["_fc.weight"], imagenet_class_names(), _text_tower(), load_lite_tokenizer())
+    with torch.random.fork_rng(devices=[]):  # the random start is overwritten
+        image_tower, text_tower = _image_tower(state, image_size), _text_tower()
+    model = join_towers(image_tower, state["_fc.weight"], imagenet_class_names(), text_tower, load_lite_tokenizer())
     model.config.name_or_path = NAME
-    return model.to(dtype)
+    return model
 
 
 def load_lite_tokenizer() -> PreTrainedTokenizerBase:
