@@ -1,6 +1,7 @@
 """A stand-in for the Hub on 127.0.0.1, for the real `huggingface_hub` client in a process of its own.
 
-It knows repositories of models with branches and commits, small files and LFS files, and can be told to fail.
+It knows repositories of models and Spaces (the latter as `spaces/owner/name`) with branches and commits, small files
+and LFS files, and can be told to fail.
 """
 
 import base64
@@ -218,7 +219,10 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, method in _ROUTES:
             match = re.fullmatch(pattern, request)
             if match:
-                getattr(self, method)(**match.groupdict())
+                found = match.groupdict()
+                if found.pop("kind", None) == "spaces":
+                    found["repo"] = f"spaces/{found['repo']}"
+                getattr(self, method)(**found)
                 return
         self._error(404, f"the stand-in has no {request}", "EntryNotFound")
 
@@ -235,6 +239,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         asked = json.loads(self._body)
         name = f"{asked.get('organization') or USER}/{asked['name']}"
+        if asked.get("type") == "space":
+            if asked.get("sdk") not in ("gradio", "docker", "static"):
+                return self._error(400, "a Space needs an sdk")
+            name = f"spaces/{name}"
         answer = {"url": f"{self.server_of.url}/{name}", "name": name}
         if name in self.server_of.repositories:
             return self._json({**answer, "error": "You already created this model repo"}, 409)
@@ -304,7 +312,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         siblings = [{"rfilename": name} for name in sorted(commit.files)]
         private = self.server_of.repositories[repo].private
-        about = {"id": repo, "modelId": repo, "sha": commit.oid, "private": private, "siblings": siblings, "tags": []}
+        name = repo.removeprefix("spaces/")
+        about = {"id": name, "modelId": name, "sha": commit.oid, "private": private, "siblings": siblings, "tags": []}
         self._json({**about, "gated": False, "disabled": False, "downloads": 0, "likes": 0})
 
     def tree(self, repo: str, revision: str, folder: str | None = None) -> None:
@@ -376,19 +385,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
-_REPO = r"(?P<repo>[^/]+/[^/]+)"
+_REPO = r"(?P<repo>(?:spaces/)?[^/]+/[^/]+)"
+_API = r"/api/(?P<kind>models|spaces)/(?P<repo>[^/]+/[^/]+)"
 _ROUTES = [
     (r"GET /api/whoami-v2", "whoami"),
     (r"POST /api/repos/create", "create"),
     (r"POST /api/validate-yaml", "validate_yaml"),
-    (rf"POST /api/models/{_REPO}/branch/(?P<branch>.+)", "branch"),
-    (rf"POST /api/models/{_REPO}/preupload/(?P<revision>.+)", "preupload"),
-    (rf"POST /api/models/{_REPO}/commit/(?P<revision>.+)", "commit"),
+    (rf"POST {_API}/branch/(?P<branch>.+)", "branch"),
+    (rf"POST {_API}/preupload/(?P<revision>.+)", "preupload"),
+    (rf"POST {_API}/commit/(?P<revision>.+)", "commit"),
     (rf"POST /{_REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
     (r"PUT /lfs/(?P<oid>\w+)", "lfs_put"),
-    (rf"GET /api/models/{_REPO}", "info"),
-    (rf"GET /api/models/{_REPO}/revision/(?P<revision>[^/]+)", "info"),
-    (rf"GET /api/models/{_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", "tree"),
+    (rf"GET {_API}", "info"),
+    (rf"GET {_API}/revision/(?P<revision>[^/]+)", "info"),
+    (rf"GET {_API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", "tree"),
     (rf"(?:GET|HEAD) /{_REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", "resolve"),
 ]
 

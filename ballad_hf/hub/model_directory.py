@@ -62,8 +62,8 @@ class ModelDirectoryLayout:
     report: str = "report.html"
 
     @property
-    def patterns(self) -> tuple[str, ...]:
-        """Glob patterns of every file that belongs to a model directory; checkpoints and logs beside them do not."""
+    def model_patterns(self) -> tuple[str, ...]:
+        """Glob patterns of the files that the model needs to run."""
         return (
             self.config,
             "model*.safetensors",
@@ -78,6 +78,13 @@ class ModelDirectoryLayout:
             "vocab.txt",
             "merges.txt",
             "*.tiktoken",
+        )
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Glob patterns of every file that belongs to a model directory; checkpoints and logs beside them do not."""
+        return (
+            *self.model_patterns,
             self.card,
             self.metrics,
             self.arguments,
@@ -96,14 +103,18 @@ class ModelDirectoryLayout:
         """Glob patterns of the weights, in one file or in shards."""
         return ("model*.safetensors", self.weights_index)
 
-    def files(self, folder: Path) -> list[Path]:
+    def files(self, folder: Path, patterns: tuple[str, ...] | None = None) -> list[Path]:
         """The files in a folder that belong to the model directory, sorted.
+
+        Args:
+            folder: the model directory.
+            patterns: of the files; default: all of `patterns`.
 
         Raises:
             ValueError: one of them is a symbolic link, or lies behind one. Links are never followed: what they point
                 to may not be meant to be shared.
         """
-        found = sorted({file for pattern in self.patterns for file in folder.glob(pattern)})
+        found = sorted({file for pattern in patterns or self.patterns for file in folder.glob(pattern)})
         links = [file for file in found if file.is_symlink() or file.parent != folder and file.parent.is_symlink()]
         if links:
             raise ValueError(

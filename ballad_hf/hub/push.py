@@ -17,6 +17,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ logger = logging.get_logger(__name__)
 CHECKPOINT_IN_REPO = "last-checkpoint"
 # Seconds without a byte from or to the Hub; its client would wait for ever.
 HUB_TIMEOUT = 120.0
+HANDLER = Path(__file__).with_name("endpoint_handler.py")
 _MODEL = "modeling_ballad.BalladForImageClassification"
 AUTO_MAP = {
     "AutoConfig": "configuration_ballad.BalladConfig",
@@ -66,6 +68,7 @@ def push_model_directory(
     private: bool | None = None,
     token: str | None = None,
     with_code: bool = False,
+    with_handler: bool = False,
     revision: str | None = None,
     commit_message: str = "Upload BALLAD model",
 ) -> RepoUrl:
@@ -82,6 +85,8 @@ def push_model_directory(
             the account's default.
         token: a Hub token with write access; default: that of `hf auth login` or `HF_TOKEN`.
         with_code: upload the model's code too, so that it loads with `trust_remote_code=True` without this package.
+        with_handler: upload `handler.py` and `requirements.txt` for Inference Endpoints, and the code with them. They
+            stay in the repository until you delete them.
         revision: an existing branch; default: the main one.
         commit_message: of the commit.
 
@@ -105,9 +110,12 @@ def push_model_directory(
     check_model_directory(folder)
     # Everything local is read before the network is asked, so that a damaged file is not taken for its fault.
     card = folder / LAYOUT.card if (folder / LAYOUT.card).is_file() else None
-    content = _content(folder, with_code)
+    content = _content(folder, with_code or with_handler)
+    later = _how_to_push_later(
+        folder, repo_id, revision, private=private, with_code=with_code, with_handler=with_handler
+    )
     api = HfApi(token=token)
-    with _explained(folder, repo_id, private, with_code, revision), _time_limit():
+    with explain_failures(repo_id, later), time_limit():
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
         name = repository.repo_id
         if private and not api.repo_info(name).private:
@@ -117,6 +125,9 @@ def push_model_directory(
             )
         existing = set(api.list_repo_files(name, revision=revision))
         operations = _operations(content, existing)
+        if with_handler:
+            operations.append(CommitOperationAdd("handler.py", HANDLER))
+            operations.append(CommitOperationAdd("requirements.txt", requirements("transformers")))
         api.create_commit(name, operations, commit_message=commit_message, revision=revision)
         if card is not None:
             add = CommitOperationAdd(LAYOUT.card, card)
@@ -148,7 +159,7 @@ def check_push(repo_id: str, token: str | None = None) -> str:
     """
     check_repo_id(repo_id)
     try:
-        with _time_limit():
+        with time_limit():
             return HfApi(token=token).whoami()["name"]
     except _FAILURES as error:
         raise PushError(f"A push to {repo_id} would fail: {_reason(error)}") from error
@@ -230,7 +241,7 @@ class CheckpointPusher:
 
     def _upload(self, folder: Path) -> None:
         api = HfApi(token=self.token)
-        with _time_limit():
+        with time_limit():
             repository = api.create_repo(self.repo_id, private=self.private, exist_ok=True)
             if self.private and not api.repo_info(repository.repo_id).private:
                 raise PushError(f"{repository.repo_id} is public, but a private repository was requested.")
@@ -251,6 +262,12 @@ def code_files() -> list[Path]:
     """
     source = Path(str(modeling_ballad.__file__))
     return sorted({source, *(Path(file) for file in get_relative_import_files(str(source)))})
+
+
+def requirements(*packages: str) -> bytes:
+    """Content of a `requirements.txt` with the installed versions, which the model is known to run with."""
+    # The local part of a version, such as +cpu, is not in the package index.
+    return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in packages).encode()
 
 
 def config_with_code(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -386,7 +403,7 @@ def _operations(
 
 
 @contextmanager
-def _time_limit() -> Iterator[None]:
+def time_limit() -> Iterator[None]:
     """Let the requests to the Hub time out: its client has no limit of its own."""
     session = get_session()
     before, session.timeout = session.timeout, HUB_TIMEOUT
@@ -397,13 +414,8 @@ def _time_limit() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(
-    folder: Path, repo_id: str, private: bool | None, with_code: bool, revision: str | None
-) -> Iterator[None]:
-    words = ["python", "-m", "ballad_hf.hub.push", str(folder), repo_id]
-    words += ["--private"] * bool(private) + ["--with_code"] * with_code
-    words += [] if revision is None else ["--revision", revision]
-    later = f"The model is complete in {folder}; to push it later:\n    {shlex.join(words)}"
+def explain_failures(repo_id: str, later: str) -> Iterator[None]:
+    """Raise a `PushError` for whatever the client of the Hub raises: the reason, and how to push later."""
     try:
         yield
     except KeyboardInterrupt:
@@ -413,6 +425,13 @@ def _explained(
         raise PushError(f"{error} {later}") from error
     except _FAILURES as error:
         raise PushError(f"The push to {repo_id} failed: {_reason(error)} {later}") from error
+
+
+def _how_to_push_later(folder: Path, repo_id: str, revision: str | None, **flags: bool | None) -> str:
+    words = ["python", "-m", "ballad_hf.hub.push", str(folder), repo_id]
+    words += [f"--{flag}" for flag, is_set in flags.items() if is_set]
+    words += [] if revision is None else ["--revision", revision]
+    return f"The model is complete in {folder}; to push it later:\n    {shlex.join(words)}"
 
 
 def _reason(error: BaseException) -> str:
@@ -465,6 +484,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     parser.add_argument("repo_id", help="owner/name, or name in your own namespace")
     parser.add_argument("--private", action="store_true", default=None, help="create a private repository")
     parser.add_argument("--with_code", action="store_true", help="upload the model's code too")
+    parser.add_argument("--with_handler", action="store_true", help="upload a handler for Inference Endpoints too")
     parser.add_argument("--revision", help="an existing branch")
     options = vars(parser.parse_args(command_line))
     try:
