@@ -31,7 +31,7 @@ from .arguments import BalladTrainingArguments
 from .callbacks import TrainingEvents
 from .phase_a import train_phase_a
 from .phase_a_state import PhaseAResult
-from .phase_b import PhaseBResult, train_phase_b, views_per_image, views_per_image
+from .phase_b import PhaseBResult, train_phase_b, views_per_image
 from .preflight import check_before_training
 from .run_directory import claim_run_directory
 from .validation import METRIC_NAMES
