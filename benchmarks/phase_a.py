@@ -133,9 +133,9 @@ def our_step(case: Case, way: Way) -> Callable[[torch.Tensor], float]:
     from accelerate import Accelerator
 
     from ballad_hf import BalladForImageClassification
+    from ballad_hf.conversion.tiny_clip import build_tiny_clip
     from ballad_hf.data.image_dataset import ImageDataset
     from ballad_hf.data.long_tail import long_tailed_counts
-    from ballad_hf.conversion.tiny_clip import build_tiny_clip
     from ballad_hf.training.arguments import PhaseAArguments
     from ballad_hf.training.phase_a_setup import set_training_mode, set_up_phase_a
 

@@ -112,8 +112,8 @@ def official_way(case: Case, steps: int) -> dict[str, float]:
 def our_way(case: Case) -> dict[str, float]:
     """Seconds of the extraction and of the training, steps of the training, and the peak memory."""
     from ballad_hf import BalladForImageClassification, extract_features, train_phase_b
-    from ballad_hf.data.image_dataset import ImageDataset
     from ballad_hf.conversion.dual_encoders import clip_image_processor
+    from ballad_hf.data.image_dataset import ImageDataset
     from ballad_hf.training.arguments import PhaseBArguments
 
     clip, tokenizer = build(case)

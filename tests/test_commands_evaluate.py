@@ -11,6 +11,7 @@ from PIL import Image
 
 from ballad_hf import BalladForImageClassification, evaluate
 from ballad_hf.commands.evaluate import main, parse_arguments
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.data.transforms import five_crop_transform
 from ballad_hf.evaluation.evaluate import align_labels
 from ballad_hf.evaluation.report import read_results

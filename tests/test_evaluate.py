@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ballad_hf import BalladForImageClassification, FeatureTable, LongTailMetrics, evaluate
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.evaluation import evaluate as evaluation
 from ballad_hf.evaluation.evaluate import align_labels, predict
 

@@ -13,11 +13,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ballad_hf import BalladForImageClassification, evaluate, extract_features
+from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.data.transforms import evaluation_transform, five_crop_transform, train_transform
 from ballad_hf.features import extraction, shards
 from ballad_hf.features.extraction import view_seeds
 from ballad_hf.features.shards import HEAD, StoredTable
-from ballad_hf.conversion.tiny_clip import build_tiny_clip
 
 from .conftest import load_splits
 

@@ -14,10 +14,10 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from ballad_hf import LongTailMetrics
+from ballad_hf.commands.train import parse_arguments
 from ballad_hf.evaluation.predictions import Predictions
 from ballad_hf.hub import model_card
 from ballad_hf.hub.model_card import evaluation_result_file, project_url, render_model_card
-from ballad_hf.training.command_line import parse_arguments
 
 from .conftest import load_splits
 
@@ -206,10 +206,10 @@ def test_the_recipe_on_the_card_trains_again(tiny_ballad, results, tmp_path):
     recipe = text.split("```yaml\n")[1].split("```")[0]
     (tmp_path / "recipe.yaml").write_text(recipe)
     again = parse_arguments(["--config", str(tmp_path / "recipe.yaml")])
-    assert again.phase_a == arguments.phase_a
-    assert again.phase_b == arguments.phase_b
+    assert again.training.phase_a == arguments.training.phase_a
+    assert again.training.phase_b == arguments.training.phase_b
     assert again.model == arguments.model
-    assert again.run.seed == 7
+    assert again.training.seed == 7
 
 
 def test_class_names_cannot_break_the_page(tiny_ballad):

@@ -18,7 +18,6 @@ from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.data import transforms
 from ballad_hf.data.image_dataset import ImageDataset
 from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
-from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.training import phase_a
 from ballad_hf.training.arguments import BalladTrainingArguments, PhaseAArguments
 from ballad_hf.training.callbacks import TrainingEvents

@@ -11,8 +11,8 @@ from accelerate import Accelerator, debug_launcher
 from torch.multiprocessing import ProcessExitedException
 
 from ballad_hf import BalladForImageClassification, files, train_phase_a
-from ballad_hf.data.image_dataset import ImageDataset
 from ballad_hf.conversion.tiny_clip import build_tiny_clip
+from ballad_hf.data.image_dataset import ImageDataset
 from ballad_hf.training.arguments import PhaseAArguments
 from ballad_hf.training.phase_a import PhaseALoop
 

@@ -32,9 +32,7 @@ def test_a_given_processor_is_the_models_and_encodes_its_classes(tiny_clip):
     assert model.stored_class_embeds().shape == (5, 16)
 
 
-def test_the_folder_of_a_model_or_dual_encoder_has_its_processor(
-    tiny_ballad, tiny_clip, clip_folder, tmp_path
-):
+def test_the_folder_of_a_model_or_dual_encoder_has_its_processor(tiny_ballad, tiny_clip, clip_folder, tmp_path):
     processor = CLIPProcessor(tiny_clip.image_processor, tiny_clip.tokenizer)
     for part in (tiny_ballad, processor):
         part.save_pretrained(tmp_path / "saved")

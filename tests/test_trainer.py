@@ -10,8 +10,8 @@ from PIL import Image as PILImage
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ballad_hf import BalladForImageClassification, BalladTrainer, BalladTrainingArguments, FeatureTable
-from ballad_hf.evaluation.predictions import Predictions
 from ballad_hf.conversion.tiny_clip import build_tiny_clip
+from ballad_hf.evaluation.predictions import Predictions
 
 
 NAMES = ["red", "green", "blue"]

@@ -68,14 +68,14 @@ def run(kind: str, source: str, output_dir: str, **options: Any) -> None:
 
 
 def _converter(kind: str) -> Callable[..., Any]:
-    from ..models import conversion
+    from ..conversion import convert
 
     converters = {
-        "openai": conversion.convert_openai_clip,
-        "open-clip": conversion.convert_open_clip,
-        "official": conversion.convert_official_ballad,
-        "fold": conversion.convert_to_clip,
-        "vision-only": conversion.convert_to_vision_only,
+        "openai": convert.convert_openai_clip,
+        "open-clip": convert.convert_open_clip,
+        "official": convert.convert_official_ballad,
+        "fold": convert.convert_to_clip,
+        "vision-only": convert.convert_to_vision_only,
         "onnx": _export_onnx,
     }
     return converters[kind]

@@ -7,10 +7,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch.utils.data import Dataset
-from transformers import AutoProcessor, pipeline
+from transformers import pipeline
 
+from ..conversion.convert import load_ballad
+from ..conversion.processors import processor_of
 from ..inference import TASK
-from ..models.conversion import load_ballad
 from ..models.modeling_ballad import BalladForImageClassification
 
 
@@ -21,13 +22,14 @@ def load_model(name: str) -> tuple[BalladForImageClassification, Any]:
         name: model directory, or model name on the Hub.
 
     Returns:
-        The model, and a processor, or an image processor where there is no text tower.
+        The model, and its processor; that of a model without a text tower has no tokenizer.
 
     Raises:
         ValueError: it is not a BALLAD model, or damaged.
         OSError: there is no such model.
     """
-    return load_ballad(name), AutoProcessor.from_pretrained(name)
+    model = load_ballad(name)
+    return model, processor_of(model)
 
 
 def load_pipeline(name: str, device: str | None = None) -> Any:
