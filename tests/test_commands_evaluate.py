@@ -101,7 +101,9 @@ def test_a_missing_split(saved, tmp_path):
             Image.new("RGB", (32, 32), (25 * label, 9 * copy, 0)).save(tmp_path / "images" / name / f"{copy}.png")
     options = ["--dataset", str(tmp_path / "images")]
     with pytest.raises(ValueError, match="no test split: choose --split from train, validation"):
-        _run(saved, tmp_path, *options)
+        _run(saved, tmp_path, *options, "--split", "test")
+    with pytest.raises(ValueError, match="no test split to evaluate: name one with --test_split"):
+        _run(saved, tmp_path, *options, "--unknown_dataset", "digits")
     options += ["--validation_fraction", "0", "--split", "train", "--unknown_dataset", "digits"]
     with pytest.raises(ValueError, match="threshold from the validation split, and there is none"):
         _run(saved, tmp_path, *options)
@@ -128,7 +130,7 @@ def test_a_model_without_text_tower_takes_no_classes(saved, tmp_path):
     model.remove_text_tower()
     folder = save_model_directory(model, tmp_path / "small", image_processor)
     with pytest.raises(ValueError, match="small has no text tower, so it can't take the classes of the data"):
-        main([str(folder), "--classes", "data"])
+        main([str(folder), "--dataset", "digits", "--classes", "data"])
 
 
 def test_the_data_of_the_run_are_the_default(saved, tmp_path):
