@@ -221,6 +221,16 @@ def read_yaml(path: str | os.PathLike[str], kind: type = dict, max_bytes: int = 
     return kind() if content is None else _checked(content, kind, path)
 
 
+def safe_cell(cell: object) -> object:
+    """Prefix text that a spreadsheet would run as a formula with an apostrophe; numbers stay as they are.
+
+    >>> from ballad_hf.files import safe_cell
+    >>> safe_cell("=1+1"), safe_cell("cat"), safe_cell(-1)
+    ("'=1+1", 'cat', -1)
+    """
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+
+
 def check_regular_file(path: str | os.PathLike[str]) -> None:
     """Refuse a pipe, a device or a folder, which would block or misbehave when read; a link to a file is fine.
 

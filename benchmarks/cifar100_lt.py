@@ -42,13 +42,14 @@ from ballad_hf import (
 from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.evaluation.evaluate import evaluate
 from ballad_hf.evaluation.frontier import save_frontier
+from ballad_hf.hub.model_directory import installed_versions
 from ballad_hf.models.configuration_clip_resnet import CLIPResNetConfig
 from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
 from ballad_hf.training.arguments import PhaseAArguments, PhaseBArguments
 from ballad_hf.training.heads import head_metrics
 from ballad_hf.training.phase_a import train_phase_a
 from ballad_hf.training.phase_b import train_phase_b
-from ballad_hf.training.run_folder import claim_run_folder, installed_versions
+from ballad_hf.training.run_directory import claim_run_directory
 from ballad_hf.training.sweep import SweepSpace, sweep_phase_b
 
 
@@ -362,7 +363,7 @@ def main(command_line: Sequence[str]) -> str:
     # Losses and seeds may be added later, so they are no part of what the folder belongs to.
     told = {"dataset": options.dataset, "imbalance_factor": options.imbalance_factor}
     settings = {**dataclasses.asdict(options.settings), "depths": list(options.settings.depths)}
-    claim_run_folder(folder, {**told, **settings, "mixed_precision": options.mixed_precision}, resume=True)
+    claim_run_directory(folder, {**told, **settings, "mixed_precision": options.mixed_precision}, resume=True)
     # One split for all seeds: they differ by training alone.
     dataset = load_image_dataset(
         options.dataset, label_column=options.label_column, imbalance_factor=options.imbalance_factor, seed=0

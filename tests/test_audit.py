@@ -1,15 +1,9 @@
-import json
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from ballad_hf import load_image_dataset
-from ballad_hf.data.audit import audit_dataset, doubtful_names, main, save_class_distribution
-
-from .conftest import load_splits
+from ballad_hf.data.audit import audit_dataset, doubtful_names, save_class_distribution
 
 
 def photo(seed, size=(40, 30)):
@@ -85,70 +79,12 @@ def test_the_text_says_it_all(beasts):
     assert "many-shot" not in text
 
 
-def test_missing_files_of_a_list_are_told(tmp_path, capsys):
-    photo(1).save(tmp_path / "a.png")
-    photo(2).save(tmp_path / "b.png")
-    (tmp_path / "train.txt").write_text("a.png 0\nb.png 0\ngone.png 0\n")
-    options = ["--on_unreadable", "skip", "--output_dir", str(tmp_path / "audit")]
-    (tmp_path / "names.txt").write_text("owl\n")
-    main([str(tmp_path / "train.txt"), "--class_names", str(tmp_path / "names.txt"), *options])
-    assert "Images that were left out: 1\n  gone.png is missing." in capsys.readouterr().out
-
-
 def test_clean_data_has_no_findings():
     audit = audit_dataset(load_image_dataset("digits"))
     assert "No image comes twice" in audit.to_text()
     assert audit.shot_groups["many"] == ["zero"]
     assert audit.doubtful_names == {}
     assert audit.colliding_names == {}
-
-
-def test_the_command_writes_text_json_and_a_picture(beasts, tmp_path):
-    (beasts / "train" / "Red fox").mkdir()
-    photo(99).save(beasts / "train" / "Red fox" / "0.png")
-    output = tmp_path / "out" / "audit"
-    command = [sys.executable, "-m", "ballad_hf.data.audit", str(beasts), "--output_dir", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    # Training would refuse two classes of one name; an audit tells the rest too.
-    assert "Names that several classes have (give class_names): 1" in result.stdout
-    assert "LEAKS" in result.stdout
-    assert result.stdout.startswith((output / "audit.txt").read_text()[:500])
-    told = json.loads((output / "audit.json").read_text())
-    assert told["colliding_names"] == {"Red fox": [0, 3]}
-    assert told["splits"]["train"]["class_counts"] == [1, 6, 2, 3]
-    with Image.open(output / "class_distribution.png") as picture:
-        assert picture.size == (960, 480)
-
-
-def test_the_command_passes_its_options_on(tmp_path, capsys):
-    main(["digits", "--imbalance_factor", "10", "--profile", "step", "--seed", "3", "--output_dir", str(tmp_path)])
-    told = json.loads((tmp_path / "audit.json").read_text())
-    expected = load_splits("digits", imbalance_factor=10, profile="step", seed=3).class_counts.tolist()
-    assert told["splits"]["train"]["class_counts"] == expected
-    assert f"Written to {tmp_path}" in capsys.readouterr().out
-
-
-def test_an_audit_goes_on_where_training_would_refuse_wordnet_ids(tmp_path, capsys):
-    for name in ("n01440764", "n01443537"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(2):
-            Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / "images" / name / f"{number}.png")
-    main([str(tmp_path / "images"), "--output_dir", str(tmp_path / "audit")])
-    said = capsys.readouterr().out
-    assert "n01440764 (0): no word" in said
-    assert "n01443537 (1): no word" in said
-
-
-@pytest.mark.parametrize("num_threads", [0, -1])
-def test_less_than_one_thread_reads_nothing(beasts, num_threads):
-    with pytest.raises(ValueError, match=f"num_threads is {num_threads}: give 1 or more"):
-        main([str(beasts), "--num_threads", str(num_threads)])
-
-
-def test_an_unknown_data_set_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        main([str(tmp_path / "nowhere")])
 
 
 def test_doubtful_names_by_hand():

@@ -6,24 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from ballad_hf.conversion.convert import _parser
+from ballad_hf.commands.convert import KINDS, parser_of
 from ballad_hf.models.configuration_clip_resnet import PRESETS
 
 from .test_configuration_clip_resnet import PUBLISHED
 
 
 DOC = (Path(__file__).parent.parent / "docs" / "backbones.md").read_text(encoding="utf-8")
-COMMANDS = sorted({match.strip() for match in re.findall(r"ballad-convert ([a-z][^`\n#]*)", DOC)})
+COMMANDS = sorted({match.strip() for match in re.findall(r"ballad convert ([a-z][^`\n#]*)", DOC)})
 
 
 def test_every_converter_has_its_command():
-    assert {command.split()[0] for command in COMMANDS} == {"openai", "open-clip", "ballad", "fold", "vision-only"}
+    assert {command.split()[0] for command in COMMANDS} == set(KINDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_parses(command):
-    options = _parser().parse_args(shlex.split(command))
-    assert callable(options.convert)
+    kind, *options = shlex.split(command)
+    assert parser_of(kind).parse_args(options).source == options[0]
 
 
 def test_the_presets_table_is_the_presets():

@@ -2,14 +2,11 @@
 
 import json
 import math
-import runpy
-import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from scipy.stats import binomtest
 
 from ballad_hf import LongTailMetrics
@@ -17,7 +14,6 @@ from ballad_hf.evaluation.compare import (
     compare,
     comparison_text,
     holm,
-    main,
     paired_differences,
     plot_comparison,
     read_runs,
@@ -141,22 +137,6 @@ def test_p_values_never_look_surer_than_they_are():
     assert significance(1.0) == "p = 1.0000"
 
 
-def test_stages_of_one_run_on_the_command_line(tmp_path, capsys):
-    run = _write(tmp_path / "run", {"phase A": _predictions([18, 10, 2]), "phase B": _predictions([14, 12, 14])})
-    main([run, "--output_dir", str(tmp_path / "out")])
-    printed = capsys.readouterr().out
-    assert "phase B vs. phase A" in printed
-    (few,) = [line for line in printed.splitlines() if line.startswith("  few")]
-    assert "+60.0" in few
-    (many,) = [line for line in printed.splitlines() if line.startswith("  many")]
-    assert "-20.0" in many
-    with Image.open(tmp_path / "out" / "comparison.png") as image:
-        assert image.width > 800
-    written = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert written["differences"]["phase B"]["few"]["difference"] == pytest.approx(0.6)
-    assert written["runs"]["phase A"]["many"] == 0.9
-
-
 def test_several_runs_are_told_apart_and_corrected(tmp_path):
     names = []
     for name, right in (("base", [18, 10, 2]), ("one", [14, 12, 14]), ("two", [18, 10, 8])):
@@ -173,23 +153,6 @@ def test_several_runs_are_told_apart_and_corrected(tmp_path):
     assert labels == ["base", "one", "two"]
 
 
-def test_unpaired_runs_still_share_the_table(tmp_path, capsys):
-    first = _write(tmp_path / "first", {"phase B": _predictions([18, 10, 2])})
-    second = _write(tmp_path / "second", {"phase B": _predictions([14, 12, 14], split="other images")})
-    main([first, second, "--output_dir", str(tmp_path / "out")])
-    printed = capsys.readouterr().out
-    assert "second vs. first: not known to be on the same images" in printed
-    assert "p =" not in printed
-
-
-def test_it_runs_as_a_module(tmp_path, monkeypatch, capsys):
-    run = _write(tmp_path / "run", {"phase A": _predictions([18, 10, 2]), "phase B": _predictions([14, 12, 14])})
-    monkeypatch.setattr(sys, "argv", ["compare", run, "--output_dir", str(tmp_path / "out")])
-    monkeypatch.delitem(sys.modules, "ballad_hf.evaluation.compare")
-    runpy.run_module("ballad_hf.evaluation.compare", run_name="__main__")
-    assert "phase B vs. phase A" in capsys.readouterr().out
-
-
 def test_bad_input_is_named(tmp_path):
     run = _write(tmp_path / "run", {"phase B": _predictions([1, 2, 3])})
     with pytest.raises(ValueError, match="only one result, phase B"):
@@ -200,15 +163,6 @@ def test_bad_input_is_named(tmp_path):
         read_runs([run, run])
     with pytest.raises(FileNotFoundError, match=r"no metrics\.json"):
         read_runs([run, str(tmp_path / "nowhere")])
-
-
-def test_a_comparison_is_not_overwritten_silently(tmp_path):
-    run = _write(tmp_path / "run", {"phase A": _predictions([18, 10, 2]), "phase B": _predictions([14, 12, 14])})
-    command = [run, "--output_dir", str(tmp_path / "out")]
-    main(command)
-    with pytest.raises(FileExistsError, match="already holds a comparison.*--overwrite_output_dir"):
-        main(command)
-    main([*command, "--overwrite_output_dir"])
 
 
 def test_the_splits_of_the_runs_are_named(tmp_path):

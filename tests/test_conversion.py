@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from ballad_hf import (
     convert_official_ballad,
     convert_openai_clip,
 )
-from ballad_hf.conversion.convert import convert_open_clip, convert_to_clip, convert_to_vision_only, main, whole_folder
+from ballad_hf.conversion.convert import convert_open_clip, convert_to_clip, convert_to_vision_only, whole_folder
 from ballad_hf.hub.model_directory import save_model_directory
 
 from .conftest import CLASS_NAMES
@@ -297,52 +295,3 @@ def test_the_open_clip_converter_keeps_the_preprocessing(tmp_path):
     folder = convert_open_clip(source, tmp_path / "clip", tokenizer=False)
     assert_is_the_original(CLIPModel.from_pretrained(folder), "vit")
     assert AutoImageProcessor.from_pretrained(folder).image_mean == pytest.approx([0.5, 0.5, 0.5])
-
-
-@pytest.mark.slow
-def test_the_command_as_a_module_in_a_process_of_its_own(tmp_path):
-    command = [sys.executable, "-W", "error", "-m", "ballad_hf.conversion.convert", "openai", str(openai_file("vit"))]
-    options = ["--no-tokenizer", "--text-attention-heads", str(TEXT_HEADS)]
-    done = subprocess.run([*command, str(tmp_path / "clip"), *options], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"{tmp_path / 'clip'}: 1.0 MB")
-    assert_is_the_original(CLIPModel.from_pretrained(tmp_path / "clip"), "vit")
-
-
-def test_the_command_converts_an_official_checkpoint_folds_it_and_drops_its_text_tower(
-    tmp_path, capsys, tokenizer, monkeypatch
-):
-    content = official_content("vit")
-    text = content["state_dict_best"]["text_model"]
-    text["module.token_embedding.weight"] = torch.randn(len(tokenizer), 64, generator=torch.Generator().manual_seed(0))
-    torch.save(content, tmp_path / "official.pth")
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "names.txt").write_text("\n".join(CLASS_NAMES) + "\n")
-    monkeypatch.chdir(tmp_path)
-    options = ["--class-names", "names.txt", "--templates", "a {}.", "the {}.", "--adapter-ratio", "0.3"]
-    options += ["--tokenizer", "tokenizer", "--text-attention-heads", str(TEXT_HEADS), "--logit-scale", "80"]
-    assert main(["ballad", "official.pth", "out", *options]) == 0
-    model = BalladForImageClassification.from_pretrained("out")
-    assert model.config.class_names == CLASS_NAMES
-    assert list(model.config.templates) == ["a {}.", "the {}."]
-    assert (model.config.adapter_ratio, model.config.logit_scale) == (0.3, 80)
-    assert main(["fold", "out", "folded"]) == 0
-    assert CLIPModel.from_pretrained("folded").logit_scale.item() == pytest.approx(math.log(80))
-    assert main(["vision-only", "out", "small"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["out", "folded", "small"]
-    assert "MB (from 1." in lines[2]
-
-
-def test_the_command_says_what_is_wrong_and_fails(tmp_path, capsys):
-    (tmp_path / "notes.pt").write_text("these are no weights")
-    assert main(["openai", str(tmp_path / "notes.pt"), str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("ballad-convert: error: ")
-    assert "notes.pt is no checkpoint" in error
-    assert error.count("\n") == 1
-    assert main(["ballad", str(official_file("vit")), str(tmp_path / "out"), "--class-names", "nowhere.txt"]) == 1
-    assert "nowhere.txt" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["unknown"])
-    assert_nothing_was_written(tmp_path, but=["notes.pt"])

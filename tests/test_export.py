@@ -1,14 +1,10 @@
 """Exports compute what the model computes, in runtimes that know nothing of it."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ballad_hf.hub.model_directory import save_model_directory
 from ballad_hf.inference.export import export_onnx, export_program
@@ -16,8 +12,6 @@ from ballad_hf.models.class_embeddings import tokenize_prompts
 
 
 onnxruntime = pytest.importorskip("onnxruntime")
-
-SCRIPT = Path(__file__).parents[1] / "examples" / "classify_onnx.py"
 
 
 def pixels(pictures: int, seed: int = 0) -> torch.Tensor:
@@ -135,34 +129,3 @@ def test_a_file_that_computes_something_else_is_not_kept(tiny_ballad, tiny_clip,
     with pytest.raises(RuntimeError, match="nothing was written"):
         export_onnx(tiny_ballad, tmp_path, tiny_clip.image_processor)
     assert not list(tmp_path.iterdir())
-
-
-def test_the_script_classifies_from_the_onnx_file_without_torch(exported, tiny_clip, tmp_path):
-    model, folder, _ = exported
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    rows = np.random.default_rng(0).integers(0, 256, (3, 40, 56, 3), dtype=np.uint8)
-    for index, values in enumerate(rows):
-        Image.fromarray(values).save(pictures / f"{index}.png")
-    rows = [*rows, np.repeat(rows[0][..., :1], 3, axis=2)]
-    Image.fromarray(rows[3][..., 0].astype(np.uint16) * 256 + 77).save(pictures / "3.png")  # 16 bits are scaled to 8
-    (pictures / "broken.jpg").write_bytes(b"not a picture")
-    script = f"""
-import runpy, sys
-for name in ("torch", "transformers", "ballad_hf"):
-    sys.modules[name] = None
-sys.argv = ["classify_onnx.py", {str(folder)!r}, {str(pictures)!r}, "--top_k", "5"]
-runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 1  # one picture could not be read
-    assert "broken.jpg" in done.stderr
-    assert "Traceback" not in done.stderr
-    said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["file"] for row in said] == [str(pictures / f"{index}.png") for index in range(4)]
-    for row, values in zip(said, rows, strict=True):
-        pixel_values = tiny_clip.image_processor(Image.fromarray(values), return_tensors="pt").pixel_values
-        with torch.no_grad():
-            expected = model(pixel_values).logits[0].softmax(-1).tolist()
-        scores = {entry["label"]: entry["score"] for entry in row["classes"]}
-        assert scores == pytest.approx(dict(zip(model.config.class_names, expected, strict=True)), abs=1e-4)

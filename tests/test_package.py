@@ -1,6 +1,8 @@
 """The package as an installer and an importer see it."""
 
 import ast
+import configparser
+import graphlib
 import importlib
 import runpy
 import subprocess
@@ -14,6 +16,10 @@ import ballad_hf
 
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ballad_hf"
+# A module imports from its own package and from those before it, and from the modules of the root that import nothing.
+ORDER = ("models", "conversion", "data", "features", "evaluation", "inference", "hub", "training", "commands")
+BELOW_ALL = ("files", "_version")
 
 
 def run_python(code: str, **kwargs) -> str:
@@ -86,24 +92,63 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path):
     assert {file for file in files if file.startswith("ballad_hf/")} <= packed
 
 
-PACKAGES = ["models", "conversion", "data", "features", "evaluation", "hub", "training", "inference", "commands"]
-WITH_A_COMMAND = {"audit.py", "compare.py", "sweep_command.py"}  # their `main` uses the error convention of commands
+def imported_modules(file: Path) -> set[tuple[str, ...]]:
+    """The modules of this package that a file imports, at its top or in a function, except for type checking."""
+    names = set()
+    place = file.relative_to(PACKAGE).parts[:-1]
+    waiting: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting += node.orelse
+            continue
+        waiting += ast.iter_child_nodes(node)
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = (*place[: len(place) + 1 - node.level], *(node.module.split(".") if node.module else ()))
+            names |= {module if _is_module(module) else (*module, alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ballad_hf":
+            names.add(tuple(node.module.split(".")[1:]))
+        elif isinstance(node, ast.Import):
+            names |= {tuple(name.name.split(".")[1:]) for name in node.names if name.name.split(".")[0] == "ballad_hf"}
+    return {name for name in names if name}
 
 
-def test_a_package_imports_only_itself_and_those_above_it():
-    """Names for type checking alone are not imports."""
-    for file in (ROOT / "ballad_hf").glob("*/*.py"):
-        order = PACKAGES.index(file.parent.name)
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        typing_only = {
-            node
-            for block in ast.walk(tree)
-            if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
-            for node in ast.walk(block)
-        }
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.ImportFrom) or node.level != 2 or node in typing_only:
-                continue
-            package = (node.module or "").split(".")[0]
-            if package in PACKAGES and not (package == "commands" and file.name in WITH_A_COMMAND):
-                assert PACKAGES.index(package) <= order, f"{file.name} line {node.lineno} imports {package}"
+def _is_module(name: tuple[str, ...]) -> bool:
+    return bool(name) and PACKAGE.joinpath(*name).with_suffix(".py").is_file()
+
+
+FILES = {file.relative_to(PACKAGE).with_suffix("").parts: file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def test_every_package_has_its_place():
+    assert {name[0] for name in FILES if len(name) > 1} == set(ORDER)
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_packages_import_only_those_before_them(package):
+    allowed = {*ORDER[: ORDER.index(package) + 1], *BELOW_ALL}
+    wrong = {
+        f"{'.'.join(name)} imports {'.'.join(module)}"
+        for name, file in FILES.items()
+        if name[0] == package
+        for module in imported_modules(file)
+        # Commands use the public names of the package too, as a user does.
+        if module[0] not in allowed and not (package == "commands" and module[0] in ballad_hf.__all__)
+    }
+    assert wrong == set()
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    edges = {name: {module for module in imported_modules(file) if module in FILES} for name, file in FILES.items()}
+    order = graphlib.TopologicalSorter(edges)
+    order.prepare()  # raises CycleError, which lists the circle
+
+
+def test_the_console_script_is_the_command():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    assert settings["options.entry_points"]["console_scripts"].split() == [
+        "ballad",
+        "=",
+        "ballad_hf.commands.cli:main",
+    ]

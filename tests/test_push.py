@@ -50,8 +50,9 @@ def saved(tiny_ballad, tiny_processor, tmp_path) -> Path:
 
 
 PUSH = """
-from ballad_hf.hub.push import main
-main()
+import sys
+from ballad_hf.commands.cli import main
+main(["push", *sys.argv[1:]])
 """
 
 
@@ -241,7 +242,7 @@ def test_a_hub_that_fails_costs_nothing_and_the_message_says_how_to_go_on(hub, c
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert f"python -m ballad_hf.hub.push {saved} someone/digits --private" in done.stderr
+    assert f"ballad push {saved} someone/digits --private" in done.stderr
     assert {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()} == before
 
 
@@ -254,8 +255,8 @@ def test_the_command_of_the_message_works_once_the_hub_does(hub, client, saved):
     assert done.returncode == 1
     command = done.stderr.strip().splitlines()[-1].split()
     hub.forgive()
-    assert command[:3] == ["python", "-m", "ballad_hf.hub.push"]
-    done = client(PUSH, *command[3:])
+    assert command[:2] == ["ballad", "push"]
+    done = client(PUSH, *command[2:])
     assert done.returncode == 0, done.stderr
     assert "modeling_ballad.py" in hub.repositories["someone/digits"].at("main").files
 

@@ -1,25 +1,26 @@
-"""The recipes: what each of them tells a run, word for word, and that their data and settings run."""
+"""The recipes: the value of every option, and that their data and settings run."""
 
 from dataclasses import replace
-from pathlib import Path
+from importlib.resources import files
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import CLIPProcessor
 
 from ballad_hf import BalladForImageClassification, extract_features, train_phase_a, train_phase_b
+from ballad_hf.commands.train import parse_arguments
 from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.data.long_tail import long_tailed_counts
 from ballad_hf.data.transforms import train_transform
-from ballad_hf.training.command_line import parse_arguments
 from ballad_hf.training.phase_b import views_per_image
 
 from .conftest import load_splits
 
 
-RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
+RECIPES = files("ballad_hf") / "recipes"
 
 TOWERS = {
     "rn50": "timm/resnet50_clip.openai",
@@ -80,7 +81,7 @@ def listed(data: str, tower: str) -> dict:
         "image_root": f"data/{pictures}",
         # The folders of Places-LT's lists are the names of its classes.
         "class_names": f"data/{lists}/class_names.txt" if data == "imagenet_lt" else None,
-        "model_name_or_path": TOWERS[tower],
+        "model": TOWERS[tower],
     }
 
 
@@ -106,7 +107,7 @@ def expected_values() -> dict[str, dict]:
             "imbalance_factor": float(imbalance),
             "profile": "exponential",
             "validation_fraction": 0.0,
-            "model_name_or_path": TOWERS["vit_b16"],
+            "model": TOWERS["vit_b16"],
             "num_workers": 4,
             "phase_a_micro_batch_size": 128,
         }
@@ -118,11 +119,11 @@ EXPECTED = expected_values()
 
 
 def read(recipe: str, *more: str):
-    return parse_arguments(["--config", str(RECIPES / f"{recipe}.yaml"), *more])
+    return parse_arguments(["--config", recipe, *more])
 
 
 def test_there_is_a_recipe_for_every_row():
-    assert {file.stem for file in RECIPES.glob("*.yaml")} == {*EXPECTED, "digits"}
+    assert {file.name for file in RECIPES.iterdir()} == {f"{name}.yaml" for name in (*EXPECTED, "digits")}
 
 
 @pytest.mark.parametrize("recipe", EXPECTED)
@@ -142,8 +143,8 @@ def test_text_is_text_and_no_line_is_long(recipe):
 
 def test_the_command_line_goes_over_a_recipe():
     arguments = read("official", "--phase_a_micro_batch_size", "64", "--image_root", "/pictures")
-    assert (arguments.phase_a.micro_batch_size, arguments.data.image_root) == (64, "/pictures")
-    assert arguments.phase_a.loss == "class_prompt"
+    assert (arguments.training.phase_a.micro_batch_size, arguments.data.image_root) == (64, "/pictures")
+    assert arguments.training.phase_a.loss == "class_prompt"
 
 
 @pytest.mark.parametrize(("imbalance", "images", "smallest"), [(10, 19_573, 50), (50, 12_608, 10), (100, 10_847, 5)])
@@ -220,15 +221,17 @@ def test_the_lists_pictures_and_names_lie_where_the_recipe_looks(tmp_path, monke
 def test_the_official_settings_on_the_digits():
     """Three short epochs of phase A and two of phase B with everything that is official about them."""
     arguments = read("official", "--phase_a_epochs", "3", "--phase_a_batch_size", "64", "--phase_b_epochs", "2")
+    training = arguments.training
     splits = load_splits("digits")
     clip, tokenizer, image_processor = build_tiny_clip(width=32, layers=1, patch_size=16, words=["photo"])
+    processor = CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
     start = {name: value.clone() for name, value in clip.state_dict().items()}
     options = {name: getattr(arguments.model, name) for name in ("adapter_ratio", "adapter_init", "logit_scale")}
     model = BalladForImageClassification.from_dual_encoder(
         clip, splits.class_names, tokenizer, templates=arguments.model.templates, **options
     )
     adapter = model.adapter.linear.weight.detach().clone()
-    phase_a = train_phase_a(model, splits.train, tokenizer, image_processor, arguments.phase_a, progress=False)
+    phase_a = train_phase_a(model, splits.train, processor, training.phase_a, progress=False)
 
     rates = [entry["learning_rate"] for entry in phase_a.history[1:]]
     assert rates == pytest.approx([0.75e-5, 0.25e-5, 0.0])  # the peak is missed, the last epoch is lost
@@ -239,8 +242,8 @@ def test_the_official_settings_on_the_digits():
     for name in ("visual_projection.weight", "text_projection.weight", "text_model.final_layer_norm.weight"):
         assert not torch.equal(trained[name], start[name])
 
-    augmentation = train_transform(image_processor, (arguments.phase_a.crop_scale, 1.0))
-    phase_b_arguments = replace(arguments.phase_b, batch_size=64)
+    augmentation = train_transform(image_processor, (training.phase_a.crop_scale, 1.0))
+    phase_b_arguments = replace(training.phase_b, batch_size=64)
     views = views_per_image(splits.train.labels, phase_b_arguments)
     table = extract_features(model, splits.train, views=views, transform=augmentation)
     assert table.vectors == 2 * (sum(splits.class_counts) // 64) * 64  # one view a draw

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from ..files import read_yaml
+from ..files import read_json, read_yaml
+from ..training.arguments import DataArguments
 
 
 _TRUE, _FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
@@ -51,6 +52,32 @@ class OptionParser(argparse.ArgumentParser):
         known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
         close = difflib.get_close_matches(name, known, n=1)
         self.error(f"there is no option {name}." + (f" Did you mean {close[0]}?" if close else ""))
+
+
+def option(help: str, default: Any = None) -> Any:
+    """A dataclass field that `add_dataclass` makes an option."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse_for_model(parser: OptionParser, options: Sequence[str]) -> dict[str, Any]:
+    """Parse the options of a command on a trained model, with the dataset of its run as the default.
+
+    Args:
+        parser: has a `model`, and the options of `DataArguments` and `seed`.
+        options: the command line.
+
+    Returns:
+        Names and values. Without `--dataset`, every data option that is not given is that of the run.
+
+    Raises:
+        ValueError: no `--dataset`, and the model directory does not record one.
+    """
+    parser.set_defaults(dataset=None)
+    parsed = vars(parser.parse_args(options))
+    if parsed["dataset"] is None:
+        parser.set_defaults(**_data_of_run(parsed["model"], set(parsed)))
+        parsed = vars(parser.parse_args(options))
+    return parsed
 
 
 def add_dataclass(parser: argparse.ArgumentParser, kind: type, title: str, prefix: str = "") -> None:
@@ -119,6 +146,24 @@ def underscored(argument: str) -> str:
         return argument
     name, equals, value = argument[2:].partition("=")
     return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _data_of_run(model: str, known: set[str]) -> dict[str, Any]:
+    """The data options and the seed that a model directory records."""
+    folder = Path(model)
+    remedy = "name a dataset with --dataset."
+    if not folder.is_dir():
+        raise ValueError(f"{model} is not a folder, so the dataset of its run is unknown: {remedy}")
+    if (folder / "arguments.yaml").is_file():
+        recorded = read_yaml(folder / "arguments.yaml")
+    elif (folder / "training_arguments.json").is_file():
+        recorded = read_json(folder / "training_arguments.json").get("arguments")
+    else:
+        raise ValueError(f"{folder} does not record the dataset of its run: {remedy}")
+    if not isinstance(recorded, Mapping) or not isinstance(recorded.get("dataset"), str):
+        raise ValueError(f"The arguments in {folder} name no dataset: {remedy}")
+    names = {field.name for field in dataclasses.fields(DataArguments)} | {"seed"}
+    return {name: value for name, value in recorded.items() if name in names & known}
 
 
 def _how_to_read(kind: Any) -> dict[str, Any]:

@@ -1,17 +1,15 @@
 """Convert other checkpoints to folders of transformers, and BALLAD models to plain CLIP or vision-only models.
 
-As functions, and as the command `ballad-convert` or `python -m ballad_hf.conversion.convert`. A folder appears when it
-is complete; a failure leaves nothing behind.
+Every folder is written beside its place and moved there when it is whole, so that a failure leaves nothing
+half-written.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -294,66 +292,3 @@ def _save(folder: Path, *parts: Any) -> None:
             check_finite_weights(part)
         if part is not None:
             part.save_pretrained(folder)
-
-
-def _megabytes(folder: str | os.PathLike) -> str:
-    return f"{sum(file.stat().st_size for file in Path(folder).rglob('*') if file.is_file()) / 1e6:.1f} MB"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `ballad-convert`; returns its exit status."""
-    parser = _parser()
-    options = vars(parser.parse_args(arguments))
-    convert = options.pop("convert")
-    if options.pop("no_tokenizer", False):
-        options["tokenizer"] = False
-    logging.disable_progress_bar()
-    try:
-        if options.get("class_names") is not None:
-            options["class_names"] = Path(options["class_names"]).read_text(encoding="utf-8").splitlines()
-        folder = convert(**{name: value for name, value in options.items() if value is not None})
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"ballad-convert: error: {error}\n")
-        return 1
-    source = options.get("ballad")
-    before = f" (from {_megabytes(source)})" if source is not None and Path(source).is_dir() else ""
-    sys.stdout.write(f"{folder}: {_megabytes(folder)}{before}\n")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ballad-convert", description=(__doc__ or "").split("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, convert, source: str, help: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=help, description=help)
-        added.add_argument(source, help="file, folder or Hub name")
-        added.add_argument("output_dir", help="folder to make")
-        added.set_defaults(convert=convert)
-        return added
-
-    openai = command("openai", convert_openai_clip, "checkpoint", "an OpenAI .pt or state dict -> transformers")
-    open_clip = command("open-clip", convert_open_clip, "name_or_path", "an open_clip repository -> transformers")
-    official = command(
-        "ballad",
-        convert_official_ballad,
-        "checkpoint",
-        "an official BALLAD checkpoint -> a BALLAD model",
-    )
-    command("fold", convert_to_clip, "ballad", "a BALLAD model -> a plain CLIP model with the adapter folded in")
-    command("vision-only", convert_to_vision_only, "ballad", "a BALLAD model -> the same without its text tower")
-    for added in (openai, open_clip, official):
-        added.add_argument("--tokenizer", help="folder, Hub name or bpe_simple_vocab_16e6.txt.gz; default: OpenAI's")
-        added.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
-    for added in (openai, official):
-        added.add_argument("--text-attention-heads", type=int, help="default: heads of width 64")
-    open_clip.add_argument("--revision", help="of the Hub repository")
-    official.add_argument("--class-names", metavar="FILE", help="one class name a line, in label order")
-    official.add_argument("--templates", nargs="+", metavar="TEMPLATE", help="prompts with {} for the class name")
-    official.add_argument("--adapter-ratio", type=float, help=f"default: {OFFICIAL_RATIO}")
-    official.add_argument("--logit-scale", type=float, help=f"default: {OFFICIAL_SCALE:g}")
-    return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

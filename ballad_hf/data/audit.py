@@ -1,30 +1,17 @@
-"""Audit a dataset before training on it: counts, duplicates, leaks, unreadable images, doubtful names.
-
-    python -m ballad_hf.data.audit path/to/images
-    python -m ballad_hf.data.audit someone/beasts --label_column species --output_dir audit
-
-Prints the report and writes it beside a plot of the class distribution: `audit.txt`, `audit.json`,
-`class_distribution.png`.
-"""
+"""Audit a dataset before training on it: counts, duplicates, leaks, unreadable images, doubtful names."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..commands.errors import errors_in_one_line
-from .class_names import UnusableNamesError
 from .duplicates import (
     PIXEL_DIGEST_BYTES,
     THUMBNAIL_SIDE,
@@ -35,8 +22,7 @@ from .duplicates import (
 )
 from .image_dataset import ImageDataset, as_image_dataset
 from .images import UnreadableImageError
-from .long_tail import PROFILES, ShotGroups
-from .sources import load_image_dataset
+from .long_tail import ShotGroups
 
 
 _MAX_LISTED = 10
@@ -228,51 +214,6 @@ def save_class_distribution(audit: DataAudit, path: str | os.PathLike[str]) -> N
     figure.savefig(os.fspath(path), dpi=120)
 
 
-def main(command_line: Sequence[str] | None = None) -> None:
-    """Audit the dataset that the command line names."""
-    arguments = vars(_parser().parse_args(command_line))
-    output_dir = Path(arguments.pop("output_dir"))
-    num_threads = arguments.pop("num_threads")
-    given = {name: value for name, value in arguments.items() if value is not None}
-    left_out: list[str] = []
-    collisions: dict[str, list[int]] = {}
-    try:
-        dataset = load_image_dataset(**given, unreadable=left_out)
-    except UnusableNamesError as error:
-        # A training would stop here; an audit goes on, with names that differ, to find the rest too.
-        collisions = error.clashes
-        numbered = [f"{name} ({label})" for label, name in enumerate(error.names)]
-        left_out.clear()
-        dataset = load_image_dataset(**{**given, "class_names": numbered}, unreadable=left_out)
-    audit = audit_dataset(dataset, num_threads=num_threads, left_out=left_out)
-    if collisions:
-        audit = DataAudit(**{**vars(audit), "colliding_names": collisions})
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "audit.txt").write_text(audit.to_text() + "\n", encoding="utf-8")
-    (output_dir / "audit.json").write_text(json.dumps(audit.to_dict(), indent=2), encoding="utf-8")
-    save_class_distribution(audit, output_dir / "class_distribution.png")
-    sys.stdout.write(f"{audit.to_text()}\n\nWritten to {output_dir}.\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ballad_hf.data.audit", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "dataset", help="as load_image_dataset takes it: a folder, a list file, a name on the Hub, 'digits'"
-    )
-    for name in ("config_name", "revision", "train_split", "validation_split", "test_split", "image_column"):
-        parser.add_argument(f"--{name}")
-    for name in ("label_column", "image_root", "class_names"):
-        parser.add_argument(f"--{name}")
-    parser.add_argument("--validation_fraction", type=float)
-    parser.add_argument("--imbalance_factor", type=float)
-    parser.add_argument("--profile", choices=PROFILES)
-    parser.add_argument("--on_unreadable", choices=("raise", "skip"), help="'skip' leaves missing files of a list out")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--num_threads", type=int, help="threads that read images; default: one per processor")
-    parser.add_argument("--output_dir", default="audit", help="folder of the report (default: audit)")
-    return parser
-
-
 @dataclass(frozen=True)
 class _Contents:
     """What was read of every image of a split; rows of unreadable ones are zero."""
@@ -413,8 +354,3 @@ def _listed(title: str, entries: Sequence[str]) -> str:
     shown = [f"  {entry}" for entry in entries[:_MAX_LISTED]]
     more = [f"  ... and {len(entries) - _MAX_LISTED} more, in audit.json"] if len(entries) > _MAX_LISTED else []
     return "\n".join([f"{title}: {len(entries)}", *shown, *more])
-
-
-if __name__ == "__main__":
-    with errors_in_one_line():
-        main()

@@ -169,7 +169,7 @@ def check_images(splits: Mapping[str, ImageDataset]) -> None:
         f"{len(bad):,} of {sum(map(len, splits.values())):,} images can't be read:\n"
         + "\n".join(bad[:_MAX_LISTED])
         + f"{more}\nRepair or remove them, or leave them out: on_unreadable='skip' (--on_unreadable skip). "
-        "`python -m ballad_hf.data.audit DATASET` reads every image and lists all that can't be read."
+        "`ballad audit DATASET` reads every image and lists all that can't be read."
     )
 
 

@@ -1,9 +1,5 @@
 """Compare runs: one table, one plot, and whether the differences are more than noise.
 
-    python -m ballad_hf.evaluation.compare outputs/digits                      # the stages of one run
-    python -m ballad_hf.evaluation.compare outputs/first outputs/second        # the last stage of each
-    python -m ballad_hf.evaluation.compare "outputs/first:phase A" outputs/second
-
 Every run is compared with the first, image by image where both were evaluated on the same images. Overall accuracy is
 tested with McNemar's exact test (1947), and means over classes with its generalisation to weighted images: if two
 models are equally good, each image that only one of them classifies correctly is as likely to be won by either; the
@@ -12,11 +8,9 @@ p-value comes from drawing the winners at random.
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from scipy.stats import binomtest
 
-from ..commands.errors import errors_in_one_line
-from ..files import explain_full_disk, write_json
 from .intervals import Interval, confidence_intervals
 from .metrics import GROUPS, LongTailMetrics
-from .plots import draw, drawable, save_figure, short
+from .plots import draw, drawable, short
 from .predictions import Predictions
 from .report import StageResult, read_results
 from .summary import COLUMNS, align, metrics_table
@@ -250,39 +242,6 @@ def plot_comparison(runs: Mapping[str, StageResult]) -> Figure:
     return draw((8.0, 1.6 + len(metrics) * max(0.6, 0.2 * len(runs)) + 0.11 * len(runs)), paint)
 
 
-def main(command_line: Sequence[str]) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ballad_hf.evaluation.compare",
-        description="Compare runs: a table, a plot, and whether the differences are statistically significant.",
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, or FOLDER:STAGE")
-    parser.add_argument("--output_dir", default="outputs/comparison", help="folder for the plot and the metrics")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace a comparison in that folder")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the resampling behind intervals and p-values")
-    options = parser.parse_args(command_line)
-    folder = Path(options.output_dir)
-    if (folder / COMPARISON_FILE).exists() and not options.overwrite_output_dir:
-        raise FileExistsError(
-            f"{folder} already holds a comparison: choose another --output_dir, or allow overwriting with "
-            "--overwrite_output_dir."
-        )
-    runs = read_runs(options.runs)
-    differences = compare(runs, options.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    with explain_full_disk(folder):
-        files = save_figure(plot_comparison(runs), folder / "comparison")
-    content = {
-        "runs": {name: run.metrics.to_dict() for name, run in runs.items()},
-        "differences": {
-            name: {metric: asdict(gain) for metric, gain in gains.items()} for name, gains in differences.items()
-        },
-    }
-    write_json(folder / COMPARISON_FILE, content)
-    print(comparison_text(runs, differences))
-    print(f"\nSaved the plot to {files[0]}")
-
-
 def _measured_on(runs: Mapping[str, StageResult]) -> str:
     """Name the split of every run once where they agree."""
     splits = {name: run.metrics.split or "evaluation" for name, run in runs.items()}
@@ -346,8 +305,3 @@ def _labels(folders: Sequence[str], stages: Sequence[str]) -> list[str]:
         if len(set(labels)) == len(labels):
             return labels
     raise ValueError(f"The same result was given twice: {', '.join(folders)}.")
-
-
-if __name__ == "__main__":
-    with errors_in_one_line():
-        main(sys.argv[1:])

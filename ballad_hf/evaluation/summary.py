@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..files import explain_full_disk
+from ..files import explain_full_disk, safe_cell
 from .intervals import confidence_intervals, wilson
 from .metrics import LongTailMetrics
 from .predictions import ArrayLike, Predictions
@@ -253,15 +253,6 @@ def write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[o
         writer = csv.writer(stream)
         writer.writerows([safe_cell(cell) for cell in row] for row in (header, *rows))
     return file
-
-
-def safe_cell(cell: object) -> object:
-    """Prefix text that a spreadsheet would run as a formula with an apostrophe; numbers stay as they are.
-
-    >>> safe_cell("=1+1"), safe_cell("cat"), safe_cell(-1)
-    ("'=1+1", 'cat', -1)
-    """
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def names_of(class_names: Sequence[str] | None, classes: int) -> list[str]:

@@ -1,7 +1,5 @@
 """Push model directories to the Hub, and training checkpoints in the background.
 
-    python -m ballad_hf.hub.push outputs/digits someone/digits --private
-
 The local folder is only read: whatever happens on the network, the model stays.
 """
 
@@ -15,7 +13,7 @@ import os
 import shlex
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -428,7 +426,7 @@ def explain_failures(repo_id: str, later: str) -> Iterator[None]:
 
 
 def _how_to_push_later(folder: Path, repo_id: str, revision: str | None, **flags: bool | None) -> str:
-    words = ["python", "-m", "ballad_hf.hub.push", str(folder), repo_id]
+    words = ["ballad", "push", str(folder), repo_id]
     words += [f"--{flag}" for flag, is_set in flags.items() if is_set]
     words += [] if revision is None else ["--revision", revision]
     return f"The model is complete in {folder}; to push it later:\n    {shlex.join(words)}"
@@ -473,26 +471,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _http_error(error: BaseException) -> Any:
     """The answer of the Hub behind an error; the client wraps that of an upload in a RuntimeError."""
     return next((link for link in _chain(error) if getattr(link, "response", None) is not None), None)
-
-
-def main(command_line: Sequence[str] | None = None) -> None:
-    """Push from the command line."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m ballad_hf.hub.push", description="Push a model to the Hub.")
-    parser.add_argument("folder", help="model directory, such as the output folder of a training run")
-    parser.add_argument("repo_id", help="owner/name, or name in your own namespace")
-    parser.add_argument("--private", action="store_true", default=None, help="create a private repository")
-    parser.add_argument("--with_code", action="store_true", help="upload the model's code too")
-    parser.add_argument("--with_handler", action="store_true", help="upload a handler for Inference Endpoints too")
-    parser.add_argument("--revision", help="an existing branch")
-    options = vars(parser.parse_args(command_line))
-    try:
-        repository = push_model_directory(options.pop("folder"), options.pop("repo_id"), **options)
-    except (OSError, ValueError, PushError) as error:
-        raise SystemExit(f"error: {error}") from error
-    print(f"Pushed to {repository}")
-
-
-if __name__ == "__main__":
-    main()

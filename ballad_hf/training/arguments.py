@@ -4,9 +4,10 @@ The Python API and the command line share them: `PhaseAArguments.epochs` is `--p
 """
 
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -217,6 +218,18 @@ class PhaseAArguments:
             raise ValueError("The schedule 'official' has no warm-up: set warmup_epochs to 0, or choose 'cosine'.")
 
 
+ClassificationLoss = Literal[
+    "cross_entropy",
+    "focal",
+    "ldam",
+    "class_balanced",
+    "generalized_reweight",
+    "balanced_softmax",
+    "logit_adjustment",
+    "lade",
+]
+
+
 @dataclass
 class PhaseBArguments:
     """Balanced adapting over cached features (phase B)."""
@@ -227,16 +240,7 @@ class PhaseBArguments:
     momentum: float = _option("momentum of SGD", 0.9)
     weight_decay: float = _option("weight decay of the adapter", 5e-4)
     schedule: Literal["cosine", "constant"] = _option("learning rate schedule", "cosine")
-    loss: Literal[
-        "cross_entropy",
-        "focal",
-        "ldam",
-        "class_balanced",
-        "generalized_reweight",
-        "balanced_softmax",
-        "logit_adjustment",
-        "lade",
-    ] = _option("classification loss", "cross_entropy")
+    loss: ClassificationLoss = _option("classification loss", "cross_entropy")
     label_smoothing: float = _option("label smoothing", 0.0)
     sampler: Literal["class_aware", "power", "progressive"] = _option("how images are sampled", "class_aware")
     samples_per_class: int = _option("consecutive samples per class of the class-aware sampler", 4)
@@ -278,6 +282,74 @@ class PhaseBArguments:
         With less than four steps an epoch, ten epochs would be too few steps to learn from.
         """
         return min(rows, self.batch_size or min(512, max(1, rows // 4)))
+
+
+def _axis(help: str, *values: Any) -> Any:
+    return field(default_factory=lambda: list(values), metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class SweepSpace:
+    """The grid: every combination of one value of each list. An empty list leaves the default.
+
+    Args:
+        ratios: weights of the adapter in training, 0 to 1; default: the model's.
+        learning_rates: peak learning rates; default: that of the `PhaseBArguments`.
+        losses: classification losses; default: that of the `PhaseBArguments`.
+        sampler_powers: exponents of the power sampler, from 0 (balanced) to 1 (instance sampling); default: the
+            sampler of the `PhaseBArguments`.
+        logit_scales: multipliers of the cosines; default: the model's.
+        adapter_starts: `"model"`, `"identity"`, `"random"`; default: that of the `PhaseBArguments`.
+
+    Raises:
+        ValueError: a value out of range, with the choices.
+
+    Example:
+
+    >>> from ballad_hf.training.arguments import SweepSpace
+    >>> space = SweepSpace(ratios=[0.2, 0.5], learning_rates=[0.02, 0.2], losses=[], sampler_powers=[])
+    >>> len(space), next(iter(space.settings()))
+    (4, {'ratio': 0.2, 'learning_rate': 0.02})
+    """
+
+    ratios: list[float] = _axis("weights of the adapter in training", 0.2, 0.5)
+    learning_rates: list[float] = _axis("peak learning rates of SGD", 0.02, 0.2)
+    losses: list[str] = _axis("classification losses", "cross_entropy", "logit_adjustment")
+    sampler_powers: list[float] = _axis(
+        "exponents of the power sampler: 0 balanced, 1 instance sampling", 0.0, 0.5, 1.0
+    )
+    logit_scales: list[float] = _axis("multipliers of the cosines; default: the model's own")
+    adapter_starts: list[str] = _axis("'model', 'identity' or 'random'; default: that of phase B")
+
+    def __post_init__(self):
+        check_all("ratios", self.ratios, lambda value: 0 < value <= 1, "above 0 and no more than 1")
+        check_all("learning_rates", self.learning_rates, lambda value: 0 < value < math.inf, "above 0, such as 0.2")
+        losses = get_args(ClassificationLoss)
+        check_all("losses", self.losses, losses.__contains__, " or ".join(losses))
+        check_all("sampler_powers", self.sampler_powers, lambda value: 0 <= value < math.inf, "0 (balanced) to 1")
+        check_all("logit_scales", self.logit_scales, lambda value: 0 < value < math.inf, "above 0, such as 100")
+        starts = ("model", "identity", "random")
+        check_all("adapter_starts", self.adapter_starts, starts.__contains__, " or ".join(starts))
+
+    def __len__(self) -> int:
+        return math.prod(len(values) for values in self._axes().values())
+
+    def settings(self) -> Iterator[dict[str, Any]]:
+        """Every point of the grid, as the settings it names."""
+        axes = self._axes()
+        for values in itertools.product(*axes.values()):
+            yield dict(zip(axes, values, strict=True))
+
+    def _axes(self) -> dict[str, list[Any]]:
+        axes: dict[str, list[Any]] = {
+            "ratio": self.ratios,
+            "learning_rate": self.learning_rates,
+            "loss": self.losses,
+            "sampler_power": self.sampler_powers,
+            "logit_scale": self.logit_scales,
+            "adapter_start": self.adapter_starts,
+        }
+        return {name: values for name, values in axes.items() if len(values)}
 
 
 @dataclass
@@ -392,3 +464,10 @@ def _from_mapping(kind: type, values: Mapping[str, Any], name: str) -> Any:
     if unknown:
         raise ValueError(f"{name} has no option {unknown[0]!r}: choose among {', '.join(known)}.")
     return kind(**values)
+
+
+def check_all(name: str, values: Sequence[Any], fits: Callable[[Any], bool], choices: str) -> None:
+    """Raise a `ValueError` that names the first value that does not fit, and the choices."""
+    wrong = [value for value in values if not fits(value)]
+    if wrong:
+        raise ValueError(f"{name} holds {wrong[0]!r}: choose {choices}.")

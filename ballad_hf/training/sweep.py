@@ -8,8 +8,6 @@ point.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +22,8 @@ from ..evaluation.evaluate import evaluate
 from ..evaluation.frontier import Frontier, FrontierPoint
 from ..features.scoring import moved_ratio_accuracies
 from ..features.table import FeatureTable
-from .arguments import PhaseBArguments
-from .losses import CLASSIFICATION_LOSSES, NonFiniteLossError
+from .arguments import PhaseBArguments, SweepSpace, check_all
+from .losses import NonFiniteLossError
 from .phase_b import (
     AdapterTraining,
     TableBatches,
@@ -46,73 +44,6 @@ logger = logging.get_logger(__name__)
 
 MOVED_RATIOS = tuple(round(0.05 * step, 2) for step in range(21))
 _MIN_FINISHED = 8
-
-
-def _axis(help: str, *values: Any) -> Any:
-    return field(default_factory=lambda: list(values), metadata={"help": help})
-
-
-@dataclass(frozen=True)
-class SweepSpace:
-    """The grid: every combination of one value of each list. An empty list leaves the default.
-
-    Args:
-        ratios: weights of the adapter in training, 0 to 1; default: the model's.
-        learning_rates: peak learning rates; default: that of the `PhaseBArguments`.
-        losses: classification losses; default: that of the `PhaseBArguments`.
-        sampler_powers: exponents of the power sampler, from 0 (balanced) to 1 (instance sampling); default: the
-            sampler of the `PhaseBArguments`.
-        logit_scales: multipliers of the cosines; default: the model's.
-        adapter_starts: `"model"`, `"identity"`, `"random"`; default: that of the `PhaseBArguments`.
-
-    Raises:
-        ValueError: a value out of range, with the choices.
-
-    Example:
-
-    >>> from ballad_hf.training.sweep import SweepSpace
-    >>> space = SweepSpace(ratios=[0.2, 0.5], learning_rates=[0.02, 0.2], losses=[], sampler_powers=[])
-    >>> len(space), next(iter(space.settings()))
-    (4, {'ratio': 0.2, 'learning_rate': 0.02})
-    """
-
-    ratios: list[float] = _axis("weights of the adapter in training", 0.2, 0.5)
-    learning_rates: list[float] = _axis("peak learning rates of SGD", 0.02, 0.2)
-    losses: list[str] = _axis("classification losses", "cross_entropy", "logit_adjustment")
-    sampler_powers: list[float] = _axis(
-        "exponents of the power sampler: 0 balanced, 1 instance sampling", 0.0, 0.5, 1.0
-    )
-    logit_scales: list[float] = _axis("multipliers of the cosines; default: the model's own")
-    adapter_starts: list[str] = _axis("'model', 'identity' or 'random'; default: that of phase B")
-
-    def __post_init__(self):
-        _check_all("ratios", self.ratios, lambda value: 0 < value <= 1, "above 0 and no more than 1")
-        _check_all("learning_rates", self.learning_rates, lambda value: 0 < value < math.inf, "above 0, such as 0.2")
-        _check_all("losses", self.losses, CLASSIFICATION_LOSSES.__contains__, " or ".join(CLASSIFICATION_LOSSES))
-        _check_all("sampler_powers", self.sampler_powers, lambda value: 0 <= value < math.inf, "0 (balanced) to 1")
-        _check_all("logit_scales", self.logit_scales, lambda value: 0 < value < math.inf, "above 0, such as 100")
-        starts = ("model", "identity", "random")
-        _check_all("adapter_starts", self.adapter_starts, starts.__contains__, " or ".join(starts))
-
-    def __len__(self) -> int:
-        return math.prod(len(values) for values in self._axes().values())
-
-    def settings(self) -> Iterator[dict[str, Any]]:
-        """Every point of the grid, as the settings it names."""
-        axes = self._axes()
-        for values in itertools.product(*axes.values()):
-            yield dict(zip(axes, values, strict=True))
-
-    def _axes(self) -> dict[str, list[Any]]:
-        axes: dict[str, list[Any]] = {
-            "ratio": self.ratios,
-            "learning_rate": self.learning_rates,
-            "loss": self.losses,
-            "sampler_power": self.sampler_powers,
-            "logit_scale": self.logit_scales,
-            "adapter_start": self.adapter_starts,
-        }
-        return {name: values for name, values in axes.items() if len(values)}
 
 
 @dataclass
@@ -222,7 +153,7 @@ def sweep_phase_b(
     args, space = args or PhaseBArguments(), space or SweepSpace()
     for each in (table, eval_table, *([] if test_table is None else [test_table])):
         check_table(model, each)
-    _check_all("moved_ratios", moved_ratios, lambda value: 0 <= value <= 1, "0 to 1")
+    check_all("moved_ratios", moved_ratios, lambda value: 0 <= value <= 1, "0 to 1")
     started = time.perf_counter()
     device = torch.device(device or model.device)
     table, eval_table = to_device_if_fits(table, device), to_device_if_fits(eval_table, device)
@@ -281,7 +212,7 @@ def move_ratio(
     Returns:
         A point for each ratio, the chosen one marked.
     """
-    _check_all("ratios", ratios, lambda value: 0 <= value <= 1, "0 to 1")
+    check_all("ratios", ratios, lambda value: 0 <= value <= 1, "0 to 1")
     if not len(ratios):
         raise ValueError("ratios is empty: give at least one ratio from 0 to 1.")
     check_table(model, eval_table)
@@ -374,9 +305,3 @@ def _frontier(
             points.append(FrontierPoint(ratio, scored.of(index), settings if ratio else {}))
             owners.append(trial)
     return Frontier(points), owners
-
-
-def _check_all(name: str, values: Sequence[Any], fits: Callable[[Any], bool], choices: str) -> None:
-    wrong = [value for value in values if not fits(value)]
-    if wrong:
-        raise ValueError(f"{name} holds {wrong[0]!r}: choose {choices}.")

@@ -1,0 +1,102 @@
+"""`ballad convert`: checkpoints of other libraries to folders of transformers, and trained models to other forms."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .options import OptionParser
+
+
+KINDS = {
+    "openai": "an OpenAI CLIP file or its state dict, to a folder of transformers",
+    "open-clip": "an open_clip repository or folder, to a folder of transformers",
+    "official": "a checkpoint of the official BALLAD code, to a BALLAD model",
+    "fold": "a BALLAD model, to a plain dual encoder with the adapter folded in",
+    "vision-only": "a BALLAD model, to the same without its text tower",
+    "onnx": "a BALLAD model, to ONNX files for onnxruntime",
+}
+
+
+def main(options: Sequence[str]) -> None:
+    if not options or options[0] in ("-h", "--help"):
+        print(_help())
+        return
+    kind, *rest = options
+    if kind not in KINDS:
+        close = difflib.get_close_matches(kind, KINDS, n=1)
+        suggestion = f"Did you mean {close[0]!r}?" if close else f"Choose one of {', '.join(KINDS)}."
+        OptionParser("convert", "").error(f"there is no conversion {kind!r}. {suggestion}")
+    run(kind, **vars(parser_of(kind).parse_args(rest)))
+
+
+def parser_of(kind: str) -> OptionParser:
+    """The options of one conversion."""
+    parser = OptionParser(f"convert {kind}", f"Convert {KINDS[kind]}.")
+    parser.add_argument("source", metavar="SOURCE", help="file, folder or Hub name")
+    parser.add_argument("output_dir", metavar="FOLDER", help="the folder to make")
+    if kind in ("openai", "open-clip", "official"):
+        parser.add_argument("--tokenizer", help="folder, Hub name or bpe_simple_vocab_16e6.txt.gz, if not OpenAI's")
+        parser.add_argument("--no_tokenizer", action="store_true", help="write no tokenizer")
+    if kind in ("openai", "official"):
+        parser.add_argument("--text_attention_heads", type=int, help="if the heads are not 64 wide")
+    if kind == "open-clip":
+        parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    if kind == "official":
+        parser.add_argument("--class_names", metavar="FILE", help="one class name per line, in label order")
+        parser.add_argument("--templates", nargs="+", metavar="TEMPLATE", help="prompts with {} for the class name")
+        parser.add_argument("--adapter_ratio", type=float, help="if not 0.2, that of the official code")
+        parser.add_argument("--logit_scale", type=float, help="if not 100, that of the official code")
+    return parser
+
+
+def run(kind: str, source: str, output_dir: str, **options: Any) -> None:
+    """Convert, and print the sizes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if options.pop("no_tokenizer", False):
+        options["tokenizer"] = False
+    if options.get("class_names") is not None:
+        options["class_names"] = Path(options["class_names"]).read_text(encoding="utf-8").splitlines()
+    given = {name: value for name, value in options.items() if value is not None}
+    _converter(kind)(source, output_dir, **given)
+    before = f" (from {_megabytes(source)})" if Path(source).is_dir() else ""
+    print(f"{output_dir}: {_megabytes(output_dir)}{before}")
+
+
+def _converter(kind: str) -> Callable[..., Any]:
+    from ..conversion import convert
+
+    converters = {
+        "openai": convert.convert_openai_clip,
+        "open-clip": convert.convert_open_clip,
+        "official": convert.convert_official_ballad,
+        "fold": convert.convert_to_clip,
+        "vision-only": convert.convert_to_vision_only,
+        "onnx": _export_onnx,
+    }
+    return converters[kind]
+
+
+def _export_onnx(source: str, output_dir: str) -> None:
+    from ..inference.export import export_onnx
+    from .loading import load_model
+
+    model, processor = load_model(source)
+    export_onnx(model, output_dir, getattr(processor, "image_processor", processor))
+
+
+def _megabytes(folder: str) -> str:
+    return f"{sum(file.stat().st_size for file in Path(folder).rglob('*') if file.is_file()) / 1e6:.1f} MB"
+
+
+def _help() -> str:
+    width = max(map(len, KINDS))
+    lines = [f"  {kind:<{width}}  {summary}" for kind, summary in KINDS.items()]
+    return "\n".join(
+        ["usage: ballad convert KIND SOURCE FOLDER [options]", "", "kinds:", *lines, ""]
+        + ["`ballad convert KIND --help` lists the options of a kind."]
+    )
