@@ -24,7 +24,9 @@ def main(command_line: list[str]) -> None:
 
     # The data, and a dual encoder with its classes.
     dataset = load_image_dataset(**vars(arguments.data), seed=args.seed)
-    model = BalladForImageClassification.from_clip(dataset=dataset["train"], seed=args.seed, **vars(arguments.model))
+    model = BalladForImageClassification.from_clip(
+        arguments.model.model, dataset=dataset["train"], seed=args.seed, **arguments.model.from_clip_options()
+    )
     trainer = BalladTrainer(
         model, args, dataset["train"], dataset.get("validation"), run_arguments=arguments.to_dict()
     )

@@ -115,7 +115,9 @@ def run(arguments: Arguments) -> None:
     args = arguments.training
     set_seed(args.seed)
     dataset = load_image_dataset(**vars(arguments.data), seed=args.seed)
-    model = BalladForImageClassification.from_clip(dataset=dataset["train"], seed=args.seed, **vars(arguments.model))
+    model = BalladForImageClassification.from_clip(
+        arguments.model.model, dataset=dataset["train"], seed=args.seed, **arguments.model.from_clip_options()
+    )
     trainer = BalladTrainer(
         model, args, dataset["train"], dataset.get("validation"), run_arguments=arguments.to_dict()
     )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 
@@ -72,6 +72,21 @@ def build_tiny_clip(
         size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
     )
     return DualEncoder(clip, tokenizer, image_processor)
+
+
+def tiny_clip_for(texts: Sequence[str], seed: int = 0) -> tuple[CLIPModel, CLIPProcessor]:
+    """The small CLIP of the built-in example, with a token for each word of some texts.
+
+    Args:
+        texts: templates and class names.
+        seed: of the weights.
+
+    Returns:
+        The model and its processor.
+    """
+    words = " ".join(texts).replace(".", " ").replace("{}", " ").split()
+    built = build_tiny_clip(patch_size=4, projection_dim=64, words=words, seed=seed)
+    return built.clip, CLIPProcessor(built.image_processor, built.tokenizer)
 
 
 def _spelling_tokenizer(words: Sequence[str]) -> CLIPTokenizer:

@@ -34,7 +34,7 @@ from .class_embeddings import (
     pad_as_trained,
     remember_padding,
 )
-from .configuration_ballad import BalladConfig
+from .configuration_ballad import DEFAULT_TEMPLATE, BalladConfig
 from .prior import Prior
 
 
@@ -300,13 +300,17 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
         adapter_init: str = "identity",
         logit_scale: float | None = None,
         processing_class: Any = None,
+        *,
+        dataset: Any = None,
+        seed: int = 0,
         **kwargs,
     ) -> BalladForImageClassification:
         """Wrap a pretrained dual encoder.
 
         Args:
             pretrained_model_name_or_path: a Hub name or folder of transformers (CLIP, CLIPResNet, SigLIP, ...) or
-                open_clip, or a file in OpenAI's layout; see `load_dual_encoder`.
+                open_clip, a file in OpenAI's layout, or `"lite"`; see `load_dual_encoder`. `"tiny"` is a small CLIP with
+                random weights for tests and the built-in example.
             class_names: the classes; their embeddings are made at once. Without, call `set_class_names` later.
             tokenizer: default: the processor's, or the checkpoint's own.
             templates: prompts with `{}` for the name.
@@ -315,13 +319,48 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
             logit_scale: a fixed scale, or `None` for the checkpoint's own.
             processing_class: a processor with `image_processor` and `tokenizer`, kept as `model.processing_class`;
                 default: the checkpoint's own, where it has one.
+            dataset: the training split, instead of `class_names`: its classes and the images of each are taken over.
+            seed: of the random weights of `"tiny"`.
             kwargs: for `from_pretrained`, such as `revision`, `token`, `dtype`.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
             ImportError: the package ballad_hf is not installed, and this class came from a Hub repository.
-            ValueError: it is no checkpoint, lacks weights, or is no dual encoder.
+            ValueError: it is no checkpoint, lacks weights, or is no dual encoder; both `dataset` and `class_names`.
         """
+        images = None if dataset is None else _package("data.image_dataset").as_image_dataset(dataset)
+        if images is not None:
+            if class_names is not None:
+                raise ValueError("Give either dataset or class_names: the dataset has class names of its own.")
+            class_names = images.class_names
+        config_values = {
+            "templates": templates,
+            "adapter_ratio": adapter_ratio,
+            "adapter_init": adapter_init,
+            "logit_scale": logit_scale,
+        }
+        if pretrained_model_name_or_path == "tiny":
+            texts = [*(templates or [DEFAULT_TEMPLATE]), *(class_names or ())]
+            clip, processing_class = _conversion("tiny_clip").tiny_clip_for(texts, seed)
+            model = cls.from_dual_encoder(clip, class_names, processing_class=processing_class, **config_values)
+        else:
+            model = cls._from_checkpoint(
+                pretrained_model_name_or_path, class_names, tokenizer, processing_class, config_values, kwargs
+            )
+        if images is not None:
+            model.config.class_counts = images.class_counts.tolist()
+        return model
+
+    @classmethod
+    def _from_checkpoint(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        class_names: Sequence[str] | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        processing_class: Any,
+        config_values: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> BalladForImageClassification:
         encoders, processors = _conversion("dual_encoders"), _conversion("processors")
         hub = encoders.hub_arguments(kwargs)
         half = _HALF_PRECISION.get(str(kwargs.get("dtype")).removeprefix("torch."))
@@ -343,10 +382,7 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
             class_names=class_names,
             tokenizer=tokenizer,
             processing_class=processing_class,
-            templates=templates,
-            adapter_ratio=adapter_ratio,
-            adapter_init=adapter_init,
-            logit_scale=logit_scale,
+            **config_values,
         )
         return model if half is None else model.to(half)
 
@@ -464,9 +500,13 @@ def remove_text_tower(clip: PreTrainedModel) -> int:
 
 
 def _conversion(module: str) -> Any:
+    return _package(f"conversion.{module}")
+
+
+def _package(module: str) -> Any:
     """A module of the package that does not travel with the model's code."""
     try:
-        return importlib.import_module(f"ballad_hf.conversion.{module}")
+        return importlib.import_module(f"ballad_hf.{module}")
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "ballad_hf":
             raise

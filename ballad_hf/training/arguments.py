@@ -99,6 +99,11 @@ class ModelArguments:
                 f"adapter_ratio is {self.adapter_ratio}: choose a number from 0 to 1; the paper uses 0.2."
             )
 
+    def from_clip_options(self) -> dict[str, Any]:
+        """Keyword arguments of `BalladForImageClassification.from_clip`, besides the name in `model`."""
+        options = {name: value for name, value in vars(self).items() if name not in ("model", "model_revision")}
+        return options | ({} if self.model_revision is None else {"revision": self.model_revision})
+
 
 @dataclass
 class PhaseAArguments:
