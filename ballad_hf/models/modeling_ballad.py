@@ -309,8 +309,8 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: a Hub name or folder of transformers (CLIP, CLIPResNet, SigLIP, ...) or
-                open_clip, a file in OpenAI's layout, or `"lite"`; see `load_dual_encoder`. `"tiny"` is a small CLIP with
-                random weights for tests and the built-in example.
+                open_clip, a file in OpenAI's layout, or `"lite"`; see `load_dual_encoder`. `"tiny"` is a small CLIP
+                with random weights for tests and the built-in example.
             class_names: the classes; their embeddings are made at once. Without, call `set_class_names` later.
             tokenizer: default: the processor's, or the checkpoint's own.
             templates: prompts with `{}` for the name.
