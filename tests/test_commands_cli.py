@@ -9,7 +9,7 @@ from ballad_hf.commands.cli import COMMANDS, main
 
 
 def test_help_and_version_need_no_torch():
-    for options in (["--help"], ["--version"], ["train", "--help"]):
+    for options in (["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)):
         code = "import sys; from ballad_hf.commands.cli import main\n"
         code += f"try: main({options!r})\nexcept SystemExit: pass\n"
         code += "print('torch' in sys.modules, 'transformers' in sys.modules)"

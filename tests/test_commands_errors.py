@@ -9,6 +9,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from ballad_hf import make_long_tailed
+from ballad_hf.commands.cli import main
 from ballad_hf.commands.errors import errors_in_one_line
 from ballad_hf.data.images import open_image
 
@@ -61,14 +62,15 @@ def test_a_program_names_itself():
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        (["-m", "ballad_hf.data.audit", "./nowhere"], "dataset is ./nowhere: there is no such file or folder"),
-        (["-m", "ballad_hf.evaluation.compare", "nowhere"], "There is no metrics.json"),
-        (["-m", "ballad_hf.training.sweep_command", "nowhere", "--least_few", "7"], "least_few is 7.0: give"),
+        (["-m", "ballad_hf", "audit", "./nowhere"], "dataset is ./nowhere: there is no such file or folder"),
+        (["-m", "ballad_hf", "compare", "nowhere"], "There is no metrics.json"),
+        (["-m", "ballad_hf", "sweep", "nowhere", "--dataset", "x", "--least_few", "7"], "least_few is 7.0: give"),
+        (["-m", "ballad_hf", "evaluate", "nowhere"], "nowhere is not a folder"),
+        (["-m", "ballad_hf", "predict", "nowhere", "no-images"], "There is no no-images"),
+        (["-m", "ballad_hf", "convert", "fold", "./nowhere", "out"], "./nowhere"),
+        (["-m", "ballad_hf", "push", "nowhere", "me/mine"], "There is no folder nowhere"),
+        (["-m", "ballad_hf", "app", "nowhere", "--port", "0"], "port is 0: choose"),
         (["examples/train_ballad.py", "--phase_a_learning_rate", "-1"], "learning_rate is -1.0: give"),
-        (
-            ["examples/evaluate_ballad.py", "nowhere", "--unknown_dataset", "x", "--split", "validation"],
-            "takes its th",
-        ),
     ],
 )
 def test_every_command_ends_in_one_line(command, says):
@@ -79,9 +81,28 @@ def test_every_command_ends_in_one_line(command, says):
     assert says in done.stderr
 
 
-@pytest.mark.parametrize("command", [["-m", "ballad_hf.training.sweep_command"], ["examples/evaluate_ballad.py"]])
-def test_a_misspelt_option_is_named(command):
-    words = [*command, "outputs/mine", "--dataste", "digits"]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.endswith("error: unrecognized arguments: --dataste digits\n")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "evaluate outputs/mine --dataste digits: --dataset",
+        "sweep outputs/mine --dataste digits: --dataset",
+        "audit --imbalance_facto 3: --imbalance_factor",
+        "predict outputs/mine images --ouput x.csv: --output",
+        "compare outputs/a --sed 3: --seed",
+        "convert fold a b --revison main: there is no option --revison",
+        "push outputs/mine me/mine --privat: --private",
+        "app outputs/mine --pot 3: --port",
+    ],
+)
+def test_a_misspelt_option_is_named_and_status_2(line, capsys):
+    command, _, meant = line.partition(": ")
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    assert stop.value.code == 2
+    assert (f"Did you mean {meant}?" if meant.startswith("--") else meant) in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_with_status_130():
+    with pytest.raises(SystemExit) as stop, errors_in_one_line():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130

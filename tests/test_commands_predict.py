@@ -1,9 +1,13 @@
-"""The example that classifies folders, as its users run it."""
+"""`ballad predict`: rows of an uninterrupted run, whatever stopped it, on any number of processes."""
 
 import csv
 import json
 import logging
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from ballad_hf.commands.predict import find_images, main
 from ballad_hf.hub.model_directory import save_model_directory
+from ballad_hf.inference.export import export_onnx
 
-from .conftest import example_module
 
-
-@pytest.fixture(scope="module")
-def example():
-    return example_module("classify_images")
+NAMES = ["a.png", "b, with comma.png", "more/c.JPG", "more/d.png"]
 
 
 @pytest.fixture(autouse=True)
@@ -30,21 +32,25 @@ def _verbosity():
 
 
 @pytest.fixture
-def bundle(tiny_ballad, tiny_processor, tmp_path) -> str:
+def model_folder(tiny_ballad, tiny_processor, tmp_path) -> str:
     tiny_ballad.config.class_counts = [50, 20, 10, 5, 1]
-    folder = save_model_directory(tiny_ballad, tmp_path / "bundle", tiny_processor)
-    return str(folder)
+    return str(save_model_directory(tiny_ballad, tmp_path / "model", tiny_processor))
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    folder = tmp_path / "pictures"
+def images(tmp_path) -> Path:
+    folder = tmp_path / "images"
     (folder / "more").mkdir(parents=True)
-    for index, name in enumerate(["a.png", "b, with comma.png", "more/c.JPG", "more/d.png"]):
+    for index, name in enumerate(NAMES):
         values = np.random.default_rng(index).integers(0, 256, (40, 48, 3), dtype=np.uint8)
         Image.fromarray(values).save(folder / name)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
 
 
 def expected_scores(model, image_processor, file) -> dict[str, float]:
@@ -54,114 +60,235 @@ def expected_scores(model, image_processor, file) -> dict[str, float]:
     return dict(zip(model.config.class_names, scores, strict=True))
 
 
-def test_a_folder_becomes_rows_with_the_models_scores(example, bundle, pictures, tiny_ballad, tiny_clip, tmp_path):
+def test_a_folder_becomes_rows_with_the_models_scores(model_folder, images, tiny_ballad, tiny_clip, tmp_path, capsys):
     output = tmp_path / "out" / "classes.csv"
-    assert example.main([bundle, str(pictures), "--output", str(output), "--top_k", "2", "--batch_size", "3"]) == 0
-    rows = list(csv.DictReader(output.open(newline="")))
-    names = ["a.png", "b, with comma.png", "more/c.JPG", "more/d.png"]
-    assert [row["file"] for row in rows] == [str(pictures / name) for name in names]
+    main([model_folder, str(images), "--output", str(output), "--top_k", "2", "--batch_size", "3"])
+    rows = read_csv(output)
+    assert [row["file"] for row in rows] == [str(images / name) for name in NAMES]
     for row in rows:
         scores = expected_scores(tiny_ballad, tiny_clip.image_processor, row["file"])
         best = sorted(scores, key=scores.get, reverse=True)[:2]
         assert [row["label_1"], row["label_2"]] == best
         assert float(row["score_1"]) == pytest.approx(scores[best[0]], abs=1e-5)
+    assert "4 images are classified" in capsys.readouterr().out
 
 
-def test_a_stopped_run_goes_on_and_half_a_row_is_written_anew(example, bundle, pictures, tmp_path, capsys):
-    output = tmp_path / "classes.jsonl"
-    words = [bundle, str(pictures), "--output", str(output), "--batch_size", "1", "--top_k", "5"]
-    example.main(words)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_cut_and_resumed_the_file_is_that_of_an_uninterrupted_run(model_folder, images, tmp_path, suffix, capsys):
+    """The labels hold every character that CSV quotes, so that line breaks are not ends of rows."""
+    output = tmp_path / f"classes{suffix}"
+    options = [model_folder, str(images), "--output", str(output), "--batch_size", "2", "--top_k", "3"]
+    options += ["--labels", "a\ncat", 'a "bus",\r\nred', "=1+1\r"]
+    main(options)
     whole = output.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    output.write_bytes(lines[0] + lines[1] + lines[2][:25])
-    example.main(words)
-    assert "2 pictures are in" in capsys.readouterr().out
-    assert output.read_bytes() == whole
-    example.main(words)
-    assert output.read_bytes() == whole
-    with pytest.raises(SystemExit, match=r"begun otherwise \(top_k was 5\): use --overwrite"):
-        example.main([*words[:-1], "1"])
-    assert example.main([*words[:-1], "1", "--overwrite"]) == 0
-    assert all(len(json.loads(line)["classes"]) == 1 for line in output.read_text().splitlines())
+    for place in (0, 9, len(whole) // 3, len(whole) // 2, len(whole) - 1, len(whole)):
+        output.write_bytes(whole[:place])
+        main(options)
+        assert output.read_bytes() == whole, place
+    assert "4 images are in" in capsys.readouterr().out
 
 
-def test_unreadable_pictures_are_listed_and_tried_again(example, bundle, pictures, tmp_path, capsys):
-    good = (pictures / "a.png").read_bytes()
-    (pictures / "a.png").write_bytes(good[:80])
-    (pictures / "empty.jpg").write_bytes(b"")
+def test_other_settings_are_not_mixed_and_begin_again_on_request(model_folder, images, tmp_path):
+    output = tmp_path / "classes.jsonl"
+    options = [model_folder, str(images), "--output", str(output)]
+    main([*options, "--top_k", "5"])
+    with pytest.raises(FileExistsError, match=r"other settings \(top_k was 5\).*--overwrite"):
+        main(options)
+    main([*options, "--overwrite"])
+    assert [len(json.loads(line)["classes"]) for line in output.read_text().splitlines()] == [1, 1, 1, 1]
+
+
+def test_a_retrained_model_at_the_same_path_is_another_one(
+    model_folder, images, tiny_ballad, tiny_processor, tmp_path
+):
     output = tmp_path / "classes.csv"
-    words = [bundle, str(pictures), "--output", str(output)]
-    assert example.main(words) == 1
-    said = capsys.readouterr().err
-    assert "Skipped" not in said
-    assert "2 pictures can't be read" in said
-    assert "a.png can't be read" in said
-    assert "empty.jpg can't be read" in said
-    (pictures / "a.png").write_bytes(good)
-    assert example.main(words) == 1
-    assert [Path(row["file"]).name for row in csv.DictReader(output.open(newline=""))][-1] == "a.png"
+    options = [model_folder, str(images), "--output", str(output)]
+    main(options)
+    (Path(model_folder) / "metrics.json").write_text("{}")  # an evaluation does not make another model
+    main(options)
+    with torch.no_grad():
+        tiny_ballad.adapter.linear.weight.mul_(-1)
+    save_model_directory(tiny_ballad, model_folder, tiny_processor, overwrite=True)
+    with pytest.raises(FileExistsError, match="the model has changed"):
+        main(options)
 
 
-def test_own_labels_and_the_prior_correction(example, bundle, pictures, tmp_path):
-    typed = tmp_path / "typed.jsonl"
+def test_unreadable_images_are_listed_and_tried_again(model_folder, images, tmp_path, capsys):
+    good = (images / "a.png").read_bytes()
+    (images / "a.png").write_bytes(good[:80])
+    (images / "empty.jpg").write_bytes(b"")
+    output = tmp_path / "classes.csv"
+    options = [model_folder, str(images), "--output", str(output)]
+    with pytest.raises(SystemExit) as stop:
+        main(options)
+    assert stop.value.code == 1
+    listed = capsys.readouterr().err
+    assert "Skipped" not in listed
+    assert "2 images can't be read" in listed
+    assert "a.png can't be read" in listed
+    assert "empty.jpg can't be read" in listed
+    (images / "a.png").write_bytes(good)
+    with pytest.raises(SystemExit):
+        main(options)
+    assert Path(read_csv(output)[-1]["file"]).name == "a.png"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_names_that_are_not_utf_8_are_escaped_and_known_again(model_folder, images, tmp_path, suffix, capsys):
+    for name in (b"caf\xe9.png", b"caf\xe8.png", rb"caf\udce9.png"):  # the last has the escape of the first as name
+        shutil.copy(images / "a.png", os.fsencode(images) + b"/" + name)
+    (images / os.fsdecode(b"\xff.png")).write_bytes(b"broken")
+    output = tmp_path / f"classes{suffix}"
+    options = [model_folder, str(images), "--output", str(output)]
+    with pytest.raises(SystemExit):
+        main(options)
+    whole = output.read_bytes()
+    assert whole.decode("utf-8").count(r"caf\udce9.png" if suffix == ".csv" else r"caf\\udce9.png") == 2
+    assert r"\udcff.png can't be read" in capsys.readouterr().err
+    output.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SystemExit):
+        main(options)
+    assert output.read_bytes() == whole
+
+
+def test_own_labels_and_the_prior_correction(model_folder, images, tmp_path):
+    own = tmp_path / "own.jsonl"
     labels = ["a cat", "a bus"]
-    pattern = str(pictures / "**" / "*.png")
-    words = [bundle, pattern, "--output", str(typed), "--labels", *labels, "--template", "one {}.", "--top_k", "9"]
-    example.main(words)
-    rows = [json.loads(line) for line in typed.read_text().splitlines()]
+    pattern = str(images / "**" / "*.png")
+    options = [model_folder, pattern, "--output", str(own), "--labels", *labels]
+    main([*options, "--template", "one {}.", "--top_k", "9"])
+    rows = [json.loads(line) for line in own.read_text().splitlines()]
     assert len(rows) == 3  # the pattern leaves the JPG out
     assert all({entry["label"] for entry in row["classes"]} == set(labels) for row in rows)
-    scores = {}
+    odds = []
     for prior in ("0", "1"):
         output = tmp_path / f"prior-{prior}.jsonl"
-        example.main([bundle, pattern, "--output", str(output), "--target_prior", prior, "--top_k", "5"])
-        scores[prior] = {
-            entry["label"]: entry["score"] for entry in json.loads(output.read_text().splitlines()[0])["classes"]
-        }
-    odds = [values["cat"] / values["owl"] for values in scores.values()]
-    assert odds[1] / odds[0] == pytest.approx(5, rel=1e-3)  # 50 pictures of cats and 10 of owls
+        main([model_folder, pattern, "--output", str(output), "--target_prior", prior, "--top_k", "5"])
+        row = json.loads(output.read_text().splitlines()[0])
+        scores = {entry["label"]: entry["score"] for entry in row["classes"]}
+        odds.append(scores["cat"] / scores["owl"])
+    assert odds[1] / odds[0] == pytest.approx(5, rel=1e-3)  # 50 training images of cats and 10 of owls
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("options", "message"),
     [
         (["--output", "classes.txt"], r"must end in \.csv or \.jsonl"),
-        (["--output", "classes.csv", "--top_k", "0"], "top_k is 0"),
-        (["--output", "classes.csv", "--target_prior", "often"], "give uniform, train or a number"),
-        (["--output", "classes.csv", "--num_workers", "-1"], "num_workers is -1"),
+        (["--top_k", "0"], "top_k is 0"),
+        (["--target_prior", "often"], "choose uniform, train or a number"),
+        (["--num_workers", "-1"], "num_workers is -1"),
     ],
 )
-def test_bad_arguments(example, words, says, capsys):
-    with pytest.raises(SystemExit):
-        example.main(["model", "pictures", *words])
-    assert re.search(says, capsys.readouterr().err)
+def test_bad_values_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        main(["model", "images", *options])
 
 
-def test_a_model_that_does_not_exist_ends_in_one_line(example, pictures, tmp_path):
-    with pytest.raises(SystemExit, match=r"error: .*no-such-model"):
-        example.main([str(tmp_path / "no-such-model"), str(pictures), "--output", str(tmp_path / "classes.csv")])
-    assert not (tmp_path / "classes.csv").exists()
-
-
-def test_a_mistake_does_not_claim_the_output(example, bundle, pictures, tmp_path):
+def test_mistakes_do_not_claim_the_output(model_folder, images, tmp_path):
     output = tmp_path / "classes.csv"
-    words = [bundle, str(pictures), "--output", str(output)]
+    options = [model_folder, str(images), "--output", str(output)]
     with pytest.raises(ValueError, match="more than once: cat"):
-        example.main([*words, "--labels", "cat", "cat"])
-    with pytest.raises(SystemExit, match="--device is warp:9, which can't be used here: .* Try cpu"):
-        example.main([*words, "--device", "warp:9"])
-    assert example.main([*words, "--top_k", "99"]) == 0  # five classes, and no empty columns
-    with output.open(newline="") as file:
-        assert next(csv.reader(file))[-2:] == ["label_5", "score_5"]
+        main([*options, "--labels", "cat", "cat"])
+    with pytest.raises(ValueError, match="device is 'warp:9', which can't be used here: .* Try cpu"):
+        main([*options, "--device", "warp:9"])
+    with pytest.raises(ValueError, match=r"no-such-model can't be loaded"):
+        main([str(tmp_path / "no-such-model"), *options[1:]])
+    assert not output.exists()
+    main([*options, "--top_k", "99"])  # five classes, and no empty columns
+    assert list(read_csv(output)[0])[-2:] == ["label_5", "score_5"]
 
 
-def test_no_pictures_and_somebody_elses_file(example, bundle, pictures, tmp_path):
-    output = tmp_path / "classes.csv"
-    with pytest.raises(SystemExit, match="there is no "):
-        example.main([bundle, str(tmp_path / "nowhere"), "--output", str(output)])
+def test_no_images_and_somebody_elses_file(model_folder, images, tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no "):
+        find_images([str(tmp_path / "nowhere")])
+    with pytest.raises(FileNotFoundError, match=r"no images in .*looked for \.bmp"):
+        find_images([str((tmp_path / "empty").mkdir() or tmp_path / "empty")])
+    assert find_images([str(images / "a.png"), str(images)]) == [str(images / name) for name in NAMES]
     (tmp_path / "mine.csv").write_text("mine")
-    with pytest.raises(SystemExit, match="not of this program"):
-        example.main([bundle, str(pictures), "--output", str(tmp_path / "mine.csv")])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match="no picture in"):
-        example.main([bundle, str(tmp_path / "empty"), "--output", str(tmp_path / "other.csv")])
+    with pytest.raises(FileExistsError, match="not of this program"):
+        main([model_folder, str(images), "--output", str(tmp_path / "mine.csv")])
+    assert (tmp_path / "mine.csv").read_text() == "mine"
+
+
+def test_a_damaged_output_is_named(model_folder, images, tmp_path):
+    output = tmp_path / "classes.csv"
+    options = [model_folder, str(images), "--output", str(output)]
+    main(options)
+    output.write_text("name,label\nx,cat\n")
+    with pytest.raises(ValueError, match="not as it was written.*--overwrite"):
+        main(options)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_file_and_resume_it(model_folder, images, tmp_path):
+    (images / "broken.png").write_bytes(b"no image")
+    options = [model_folder, str(images), "--batch_size", "1", "--top_k", "5", "--output"]
+    with pytest.raises(SystemExit):
+        main([*options, str(tmp_path / "one.csv")])
+    whole = (tmp_path / "one.csv").read_bytes()
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--cpu", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ballad_hf", "predict", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_PORT": "29617"}
+    output = tmp_path / "two.csv"
+    for start in (b"", whole[: len(whole) // 2]):
+        if start:
+            output.write_bytes(start)
+        done = subprocess.run([*launch, str(output)], env=environment, capture_output=True, text=True)
+        assert output.read_bytes() == whole, done.stderr
+        assert "1 images can't be read" in done.stderr
+        assert done.stdout.count("4 images are classified") == 1
+
+
+@pytest.fixture
+def onnx_folder(tiny_ballad, tiny_clip, tmp_path) -> Path:
+    pytest.importorskip("onnxruntime")
+    export_onnx(tiny_ballad, tmp_path / "onnx", tiny_clip.image_processor)
+    return tmp_path / "onnx"
+
+
+@pytest.mark.slow
+def test_an_onnx_folder_is_classified_without_torch(onnx_folder, images, tiny_ballad, tiny_clip, tmp_path):
+    gray = np.random.default_rng(9).integers(0, 256, (40, 48), dtype=np.uint16) * 256 + 77
+    Image.fromarray(gray).save(images / "sixteen-bit.png")  # scaled to 8 bits, and not clipped to white
+    (images / "broken.jpg").write_bytes(b"not an image")
+    output = tmp_path / "classes.jsonl"
+    options = ["predict", str(onnx_folder), str(images), "--output", str(output), "--top_k", "5", "--batch_size", "4"]
+    code = f"""
+import sys
+for name in ("torch", "transformers", "accelerate", "datasets"):
+    sys.modules[name] = None
+from ballad_hf.commands.cli import main
+main({options!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1  # one image could not be read
+    assert "broken.jpg can't be read" in done.stderr
+    assert "Traceback" not in done.stderr
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [Path(row["file"]).name for row in rows] == [*NAMES[:2], "sixteen-bit.png", "c.JPG", "d.png"]
+    for row in rows:
+        image = np.asarray(Image.open(row["file"]))
+        image = np.repeat((image // 256).astype(np.uint8)[..., None], 3, axis=2) if image.ndim == 2 else image
+        pixel_values = tiny_clip.image_processor(Image.fromarray(image), return_tensors="pt").pixel_values
+        with torch.no_grad():
+            expected = tiny_ballad(pixel_values).logits[0].softmax(-1).tolist()
+        scores = {entry["label"]: entry["score"] for entry in row["classes"]}
+        assert scores == pytest.approx(dict(zip(tiny_ballad.config.class_names, expected, strict=True)), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_what_an_onnx_folder_can_not_do_is_said(onnx_folder, images, tmp_path, monkeypatch):
+    options = [str(onnx_folder), str(images), "--output", str(tmp_path / "classes.csv")]
+    with pytest.raises(ValueError, match="leave out --labels, --target_prior"):
+        main([*options, "--target_prior", "train", "--labels", "cat"])
+    (onnx_folder / "classes.json").write_text('{"class_names": ["cat"]}')
+    with pytest.raises(ValueError, match=r"holds 1 class names for 5 logits"):
+        main(options)
+    (onnx_folder / "image_classifier.onnx").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"image_classifier.onnx can't be loaded"):
+        main(options)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'ballad_hf[onnx]'")):
+        main(options)
+    assert not (tmp_path / "classes.csv").exists()

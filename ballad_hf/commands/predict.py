@@ -246,7 +246,8 @@ def _classify(
     from tqdm import tqdm
 
     own = pending[classifier.process :: classifier.processes]
-    results = iter(classifier.classify([files[index] for batch in own for index in batch]) if own else ())
+    # A generator, since the iterator of a pipeline starts again wherever `iter` is called on it.
+    results = (classes for classes in classifier.classify([files[index] for batch in own for index in batch]))
     unreadable: list[int] = []
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=len(left), unit="image", mininterval=1, disable=output is None))
