@@ -1,7 +1,7 @@
 """Hooks of the documentation site.
 
-The address of the repository is that of the package's metadata. A line `::: public names of ballad_hf.data` on a page of
-the reference becomes one entry for each public name of that package, from `ballad_hf.__all__`.
+The address of the repository is that of the package's metadata. A line `::: public names of ballad_hf.data` on a page
+of the reference becomes one entry for each public name of that package, from `ballad_hf.__all__`.
 """
 
 import configparser
@@ -43,27 +43,22 @@ def project_url() -> str | None:
     return entries[0].partition("=")[2].strip() if entries else None
 
 
+def addresses() -> dict[str, str]:
+    """Public name -> its full name, such as `ballad_hf.data.samplers.ClassAwareSampler`."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        import ballad_hf  # light: it imports neither torch nor transformers
+    finally:
+        sys.path.remove(str(ROOT))
+    return {name: f"ballad_hf.{module}.{name}" for name, module in ballad_hf._MODULE_OF.items()}
+
+
 def public_names(package: str) -> list[str]:
-    """Full names of what `ballad_hf.__all__` takes from one of its packages, such as `ballad_hf.data.samplers.X`."""
-    names = [f"ballad_hf.{module}.{name}" for name, module in _modules().items() if module.split(".")[0] == package]
+    """Full names of what `ballad_hf.__all__` takes from one of its packages."""
+    names = [address for address in addresses().values() if address.split(".")[1] == package]
     if not names:
         log.warning(f"The reference has a page for ballad_hf.{package}, which has no public names.")
     return names
-
-
-def public_packages() -> set[str]:
-    """Packages that public names come from."""
-    return {module.split(".")[0] for module in _modules().values()}
-
-
-def _modules() -> dict[str, str]:
-    sys.path.insert(0, str(ROOT))
-    try:
-        import ballad_hf  # light: it imports nothing of torch or transformers
-
-        return ballad_hf._MODULE_OF
-    finally:
-        sys.path.remove(str(ROOT))
 
 
 def _address(repository: str, path: str) -> str:
