@@ -46,6 +46,7 @@ _MODULE_OF = {
     "evaluate": "evaluation.evaluate",
     "predict": "evaluation.evaluate",
     "push_model_directory": "hub.push",
+    "push_space": "hub.space",
     "BalladTrainer": "training.trainer",
     "BalladTrainingArguments": "training.arguments",
     "DataArguments": "training.arguments",

@@ -112,6 +112,21 @@ def test_a_model_without_its_code_is_refused_before_anything_is_created(hub, cli
     assert "spaces/someone/demo" not in hub.repositories
 
 
+COMMAND = """
+import sys
+from ballad_hf.commands.push import main
+main(sys.argv[1:])
+"""
+
+
+def test_the_command_makes_a_space_named_after_the_model(hub, client, saved):
+    done = client(COMMAND, saved, "digits", "--space")
+    assert done.returncode == 0, done.stderr
+    files = hub.repositories["spaces/someone/digits"].at("main").files
+    assert header_of(files)["models"] == ["someone/digits"]
+    assert "modeling_ballad.py" in hub.repositories["someone/digits"].at("main").files
+
+
 def test_a_failure_names_the_reason(hub, client, saved):
     hub.fail("POST /api/repos/create", 403)
     done = client(PUSH, saved, "someone/demo")

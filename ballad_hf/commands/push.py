@@ -16,6 +16,7 @@ class PushArguments:
     repo_id: str
     private: bool = option("create a private repository", False)
     with_code: bool = option("upload the model's code too, for use without this package", False)
+    with_handler: bool = option("upload a handler for Inference Endpoints, and the code", False)
     revision: str | None = option("an existing branch; default: the main one")
     space: bool = option("make a Space too: a web page on which the model can be tried", False)
 
@@ -38,7 +39,8 @@ def run(options: PushArguments) -> None:
         options.folder,
         options.repo_id,
         private=private,
-        with_code=options.with_code,
+        with_code=options.with_code or options.space,  # the Space runs without this package
+        with_handler=options.with_handler,
         revision=options.revision,
     )
     print(f"Pushed to {repository}")

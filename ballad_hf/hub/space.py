@@ -43,7 +43,7 @@ _TEMPLATES = jinja2.Environment(
 
 def push_space(
     model: str | Path,
-    space_id: str,
+    space_id: str | None = None,
     *,
     title: str | None = None,
     private: bool | None = None,
@@ -59,7 +59,7 @@ def push_space(
 
     Args:
         model: a model directory, or the name of a model on the Hub that was pushed with its code.
-        space_id: `owner/name`, or `name` in your own namespace.
+        space_id: `owner/name`, or `name` in your own namespace; default: the name of the model.
         title: of the page; default: the name of the model.
         private: `True` for a private Space; nothing is uploaded if a public one of that name exists. `None` for the
             account's default.
@@ -83,8 +83,9 @@ def push_space(
     >>> push_space("outputs/digits", "someone/digits-demo", private=True)  # doctest: +SKIP
     RepoUrl('https://huggingface.co/spaces/someone/digits-demo', ...)
     """
-    check_repo_id(space_id)
     is_local = Path(model).is_dir()
+    space_id = space_id or (Path(model).resolve().name if is_local else str(model))
+    check_repo_id(space_id)
     if is_local:
         check_model_directory(model)
         if revision is not None:
