@@ -244,6 +244,6 @@ def test_the_real_lite_computes_what_its_authors_code_does_and_knows_new_names()
         "viper": range(52, 69),
     }
     model = BalladForImageClassification.from_dual_encoder(clip, list(kinds), load_tokenizer("lite", clip.config))
-    rows = lite._read_state_dict(lite.IMAGE_WEIGHTS)["_fc.weight"]
+    rows = lite.read_state_dict(lite.IMAGE_WEIGHTS)["_fc.weight"]
     nearest = (model.class_embeds @ torch.nn.functional.normalize(rows - rows.mean(dim=0), dim=-1).T).argmax(dim=-1)
     assert all(int(row) in kind for row, kind in zip(nearest, kinds.values(), strict=True))

@@ -95,7 +95,7 @@ def load_lite(image_size: int = DEFAULT_IMAGE_SIZE) -> JoinedTowersModel:
         ImportError: a package is not installed; the message says how to install both.
         ValueError: a file is not the published one.
     """
-    state = _read_state_dict(IMAGE_WEIGHTS)
+    state = read_state_dict(IMAGE_WEIGHTS)
     with torch.random.fork_rng(devices=[]):  # the random start is overwritten
         image_tower, text_tower = _image_tower(state, image_size), _text_tower()
     model = join_towers(image_tower, state["_fc.weight"], imagenet_class_names(), text_tower, load_lite_tokenizer())
@@ -173,7 +173,8 @@ def _not_published(path: Path, file: PackagedFile, what: str) -> ValueError:
     )
 
 
-def _read_state_dict(file: PackagedFile) -> dict[str, torch.Tensor]:
+def read_state_dict(file: PackagedFile) -> dict[str, torch.Tensor]:
+    """Tensors of a packaged file of `torch.save`, read with `weights_only=True`; raises as [`read_packaged`]."""
     return torch.load(io.BytesIO(read_packaged(file)), map_location="cpu", weights_only=True)
 
 
