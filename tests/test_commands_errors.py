@@ -61,7 +61,7 @@ def test_a_program_names_itself():
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        (["-m", "ballad_hf.data.audit", "./nowhere"], "dataset is ./nowhere: there is no such file or folder"),
+        (["-m", "ballad_hf", "audit", "./nowhere"], "dataset is ./nowhere: there is no such file or folder"),
         (["-m", "ballad_hf.evaluation.compare", "nowhere"], "There is no metrics.json"),
         (["-m", "ballad_hf.training.sweep_command", "nowhere", "--least_few", "7"], "least_few is 7.0: give"),
         (["examples/train_ballad.py", "--phase_a_learning_rate", "-1"], "learning_rate is -1.0: give"),
