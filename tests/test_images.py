@@ -278,13 +278,13 @@ def test_every_part_is_looked_at_and_the_message_names_what_is_wrong_and_the_rem
     (folder / "test" / "fox" / "2.jpg").unlink()
     with pytest.raises(UnreadableImageError) as raised:
         check_images(splits)
-    first, *named, remedies, audit = str(raised.value).replace("`python", "\n`python").splitlines()
+    first, *named, remedies, audit = str(raised.value).replace("`ballad audit", "\n`ballad audit").splitlines()
     assert first == "3 of 36 images can't be read:"
     places = [("train", "fox", "5.jpg"), ("val", "owl", "1.jpg"), ("test", "fox", "2.jpg")]
     for line, place in zip(named, places, strict=True):
         assert line.startswith(f"{folder.joinpath(*place)} can't be read: ")
     assert "--on_unreadable skip" in remedies
-    assert "ballad_hf.data.audit" in audit
+    assert "ballad audit" in audit
     check_images(image_splits(folder, on_unreadable="skip"))
 
 

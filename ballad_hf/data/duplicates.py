@@ -1,4 +1,4 @@
-"""The same image twice: exactly, by its pixels, or nearly, where one was resized or recompressed.
+"""Duplicate images: exact, by their pixels, or near, where one was resized or recompressed.
 
 Near copies are found by a two-way difference hash of thumbnails, looked up in bands (multi-index hashing, Norouzi et
 al., 2012), so that a million images need no million times a million comparisons; the thumbnails then decide.
@@ -25,7 +25,7 @@ _NEAR_GREY_LEVELS = 3.0
 # Two hashes that differ in at most _NEAR_BITS bits have one band in common, of 128 bits in _NEAR_BITS + 1 bands.
 _HASH_BYTES = 16
 _BAND_BYTES = _HASH_BYTES // (_NEAR_BITS + 1)
-# Images of one sky share a band by the thousand; each is compared with so many of its neighbours in sorted order.
+# Thousands of images of a plain sky share a band; each is compared with this many neighbours in sorted order.
 _NEIGHBOURS = 1000
 
 _ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
@@ -69,7 +69,7 @@ def exact_duplicates(digests: np.ndarray) -> list[DuplicatePair]:
 def near_duplicates(thumbnails: np.ndarray) -> list[DuplicatePair]:
     """Each image that nearly came before, with the earliest that is nearly the same.
 
-    Images of one colour are like each other and like nothing: they are left out.
+    Images of a single colour are ignored.
 
     Args:
         thumbnails: (n, 9, 9) uint8, see [`thumbnail`].

@@ -145,7 +145,7 @@ class ImageDataset(Dataset):
         except UnreadableImageError as error:
             raise UnreadableImageError(
                 f"{error} Repair or remove it, or leave out what can't be read: on_unreadable='skip' "
-                "(--on_unreadable skip). `python -m ballad_hf.data.audit DATASET` lists all such images."
+                "(--on_unreadable skip). `ballad audit DATASET` lists all such images."
             ) from error
         pixel_values = transform(image, np.random.default_rng(sample.seed))
         return {"pixel_values": pixel_values, "labels": int(self.labels[sample.index]), "index": sample.index}

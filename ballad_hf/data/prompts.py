@@ -1,4 +1,4 @@
-"""Class prompts, tokenised once and handed out as token batches that are no longer than they must be.
+"""Class prompts, tokenised once, as token batches padded to their longest prompt.
 
 A CLIP text tower sees 77 tokens at most, while `a photo of a cat.` has eight: padding every prompt to 77 costs about
 ten times the work for the same features. Class prompts never change, so they are tokenised once for a whole run.

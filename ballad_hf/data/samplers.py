@@ -1,4 +1,4 @@
-"""Which image comes next: class-aware sampling and its relatives.
+"""Samplers for long-tailed data: class-aware, power and progressive sampling.
 
 The order of an epoch is a pure function of (labels, seed, epoch), made of numpy's seeded permutations. Every process
 computes the same global order and takes its own batches from it, and an interrupted epoch resumes exactly where it
@@ -26,7 +26,7 @@ _CLASS_ORDER, _WITHIN_CLASS, _ROW_ORDER, _AUGMENTATION, _VIEW = range(5)
 
 
 class SampleIndex(NamedTuple):
-    """One image as a training loader asks for it.
+    """A row as a training loader asks for it.
 
     Args:
         index: the row.
@@ -45,7 +45,7 @@ def view_seed(seed: int, view: int, row: int) -> tuple[int, ...]:
 
 
 class EpochSampler(Sampler[int]):
-    """What the samplers share: length, epoch, and rows at any positions of the order.
+    """Base of the samplers: length, epoch, and the rows at any positions of the order.
 
     Args:
         length: rows per epoch.
@@ -132,7 +132,7 @@ class EpochSampler(Sampler[int]):
 
 
 class InstanceSampler(EpochSampler):
-    """Every row once an epoch, shuffled: the natural, long-tailed distribution.
+    """Every row once per epoch, shuffled: the natural, long-tailed distribution.
 
     Args:
         labels: (n,) integer labels; only their number matters, but bad ones are refused here as elsewhere.
@@ -163,9 +163,9 @@ class InstanceSampler(EpochSampler):
 class ClassAwareSampler(EpochSampler):
     """Every class equally often: a class is drawn, then `samples_per_class` of its images (Shen et al., 2016).
 
-    All classes are drawn once a cycle, in an order that is new in each cycle. The images of a class come in a random
-    order without repetition until all were used, then in a new order; this goes on across epochs, so that a head class
-    with more images than an epoch has room for shows its other images in the next.
+    All classes are drawn once per cycle, in an order that is new in each cycle. The images of a class are drawn in a
+    random order without repetition until all were used, then in a new order. This continues across epochs, so that a
+    class with more images than an epoch has room for shows its other images in the next.
 
     Args:
         labels: (n,) integer labels, of any range, with gaps or not.

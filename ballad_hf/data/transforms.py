@@ -1,8 +1,8 @@
-"""Images become pixel values, with the numbers of the image processor that belongs to the checkpoint.
+"""Transforms from images to pixel values, with the numbers of the checkpoint's image processor.
 
-Every transform is a frozen dataclass of plain values, so that a cache can tell one from another, and a function
-`transform(image, rng)`: what it draws comes from the generator it is given, never from a global state. Each
-resizes once; the training transform crops in the same step, so that only the pixels that are kept are computed.
+Every transform is a frozen dataclass of plain values, so that a cache can distinguish transforms, and a function
+`transform(image, rng)` that draws from the given generator alone. Each resizes once; the training transform crops in
+the same step, so that only the pixels it keeps are computed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from PIL import Image, ImageEnhance
 
 
-# What RandomResizedCrop means everywhere: width over height, and the draws before it gives up and takes the centre.
+# As in torchvision's RandomResizedCrop: width over height, and the attempts before it takes the centre.
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 _LOG_ASPECT_RATIOS = (math.log(3 / 4), math.log(4 / 3))
 _ATTEMPTS = 10
 
-# A crop is taken from an image with at least so many times the pixels a side that are wanted of it: what a JPEG
-# decoder leaves out before that, the resize would have averaged away.
+# A JPEG is decoded to at least this many times the side that the crop is resized to: the resize would average away the
+# detail that the decoder leaves out.
 _REDUCING_GAP = 2.0
 
 CropShape = Literal["convex", "linear", "concave"]
@@ -31,15 +31,14 @@ CropShape = Literal["convex", "linear", "concave"]
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """What a tower takes.
+    """The input that an image tower takes, as its image processor makes it.
 
     Args:
-        height, width: of the pixels, in pixels.
-        resize: what images are resized to before the centre is cut out: their shorter side to one number, both sides
-            to (height, width), or nothing.
+        height, width: of the input, in pixels.
+        resize: size before the centre crop: of the shorter side, or (height, width), or `None` for no resize.
         resample: Pillow's number of the filter.
-        rescale_factor: multiplies the grey levels first.
-        mean, std: of each channel, after that.
+        rescale_factor: multiplies the grey levels.
+        mean, std: of each channel, for normalising the rescaled values.
     """
 
     height: int
@@ -52,15 +51,15 @@ class PixelFormat:
 
     @classmethod
     def of(cls, image_processor: Any) -> PixelFormat:
-        """Read an image processor of CLIP's kind.
+        """Read the numbers of an image processor.
 
         Raises:
-            ValueError: it makes images of varying size, or does something that is not known here.
+            ValueError: its output varies in size, or it has a step that is not supported here.
         """
         for step in ("do_pad", "do_flip_channel_order", "do_reduce_labels", "do_thumbnail", "do_align_long_axis"):
             if getattr(image_processor, step, None):
                 raise ValueError(
-                    f"The image processor {type(image_processor).__name__} has {step} set, which is not known here: "
+                    f"The image processor {type(image_processor).__name__} has {step} set, which is not supported: "
                     "unset it, or give a transform of your own."
                 )
         resized = _size(image_processor, "size") if _does(image_processor, "do_resize") else {}
@@ -92,7 +91,7 @@ class PixelFormat:
         )
 
     def tensor(self, image: Image.Image) -> torch.Tensor:
-        """Pixel values of an image that has its size already: (3, height, width) float32."""
+        """Pixel values of an image of the right size: (3, height, width) float32."""
         grey_levels = np.asarray(image)  # (height, width, 3) uint8
         scale = np.array([self.rescale_factor / std for std in self.std], dtype=np.float32)
         shift = np.array([mean / std for mean, std in zip(self.mean, self.std, strict=True)], dtype=np.float32)
@@ -104,42 +103,44 @@ class PixelFormat:
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """What the image processor does, in one step: resize, centre crop, normalise."""
+    """The transform of the image processor: resize, centre crop, normalise."""
 
     pixel_format: PixelFormat
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
-        """Pixel values: (3, height, width) float32. Nothing is drawn from `rng`."""
-        kind = self.pixel_format
+        """Pixel values: (3, height, width) float32; `rng` is not used."""
+        pixel_format = self.pixel_format
         width, height = image.size
-        resized_height, resized_width = _resized(height, width, kind.resize)
-        # Whole, then cut: a box in one step would differ by rounding from the processor's own pixels.
-        resized = image.resize((resized_width, resized_height), Image.Resampling(kind.resample))
-        left, top = _start(resized_width, kind.width), _start(resized_height, kind.height)
-        return kind.tensor(resized.crop((left, top, left + kind.width, top + kind.height)))
+        resized_height, resized_width = _resized(height, width, pixel_format.resize)
+        # Resized whole, then cropped: a box in one step would differ by rounding from the processor's pixels.
+        resized = image.resize((resized_width, resized_height), Image.Resampling(pixel_format.resample))
+        left, top = _start(resized_width, pixel_format.width), _start(resized_height, pixel_format.height)
+        return pixel_format.tensor(resized.crop((left, top, left + pixel_format.width, top + pixel_format.height)))
 
 
 @dataclass(frozen=True)
 class FiveCropTransform:
-    """The centre and the four corners of a slightly larger image, for averaging over views."""
+    """Crops of the centre and the four corners of a slightly larger image, for averaging over views."""
 
     pixel_format: PixelFormat
     expand: int
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
-        """Pixel values: (5, 3, height, width) float32, centre first. Nothing is drawn from `rng`."""
-        kind = self.pixel_format
-        if isinstance(kind.resize, int):
-            target: int | tuple[int, int] = max(kind.height, kind.width) + self.expand
+        """Pixel values: (5, 3, height, width) float32, centre first; `rng` is not used."""
+        pixel_format = self.pixel_format
+        if isinstance(pixel_format.resize, int):
+            target: int | tuple[int, int] = max(pixel_format.height, pixel_format.width) + self.expand
         else:
-            target = (kind.height + self.expand, kind.width + self.expand)
+            target = (pixel_format.height + self.expand, pixel_format.width + self.expand)
         height, width = _resized(image.height, image.width, target)
-        resized = image.resize((width, height), Image.Resampling(kind.resample))
-        right, bottom = width - kind.width, height - kind.height
+        resized = image.resize((width, height), Image.Resampling(pixel_format.resample))
+        right, bottom = width - pixel_format.width, height - pixel_format.height
         # torchvision's `five_crop`, which LIFT uses, rounds the centre's odd half pixels to even.
         corners = [(round(right / 2), round(bottom / 2)), (0, 0), (right, 0), (0, bottom), (right, bottom)]
-        crops = [resized.crop((left, top, left + kind.width, top + kind.height)) for left, top in corners]
-        return torch.stack([kind.tensor(crop) for crop in crops])
+        crops = [
+            resized.crop((left, top, left + pixel_format.width, top + pixel_format.height)) for left, top in corners
+        ]
+        return torch.stack([pixel_format.tensor(crop) for crop in crops])
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class CropSchedule:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """A random crop of the whole image, a random flip and random colours, then normalised."""
+    """Random resized crop, random flip and colour jitter, then normalise."""
 
     pixel_format: PixelFormat
     scale: tuple[float, float]
@@ -200,9 +201,9 @@ class TrainTransform:
 
     @property
     def min_size(self) -> int:
-        """Pixels a side of the whole image beyond which nothing is gained."""
-        kind = self.pixel_format
-        return math.ceil(_REDUCING_GAP * max(kind.height, kind.width) / math.sqrt(self.scale[0]))
+        """Pixels per side of the whole image beyond which nothing is gained."""
+        pixel_format = self.pixel_format
+        return math.ceil(_REDUCING_GAP * max(pixel_format.height, pixel_format.width) / math.sqrt(self.scale[0]))
 
     def at_epoch(self, epoch: int) -> TrainTransform:
         """The transform of one epoch, where crops follow a schedule."""
@@ -213,27 +214,29 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
         """Pixel values: (3, height, width) float32, drawn with `rng`."""
-        kind = self.pixel_format
+        pixel_format = self.pixel_format
         if self.keeps_shape:
-            box = _random_box_of_shape(*image.size, kind.width, kind.height, self.scale, rng)
+            box = _random_box_of_shape(*image.size, pixel_format.width, pixel_format.height, self.scale, rng)
         else:
             box = _random_box(*image.size, self.scale, rng)
-        image = image.resize((kind.width, kind.height), Image.Resampling(kind.resample), box=box)
+        image = image.resize(
+            (pixel_format.width, pixel_format.height), Image.Resampling(pixel_format.resample), box=box
+        )
         if rng.random() < self.horizontal_flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.color_jitter:
             image = _jittered(image, self.color_jitter, rng)
-        return kind.tensor(image)
+        return pixel_format.tensor(image)
 
 
 def evaluation_transform(image_processor: Any) -> EvaluationTransform:
-    """What the image processor does to an image, as a transform of a split.
+    """The preprocessing of an image processor, as a transform of a dataset.
 
     Args:
-        image_processor: of CLIP's kind; its size, crop, filter, mean and standard deviation are taken over.
+        image_processor: such as CLIP's; its size, crop, filter, mean and standard deviation are used.
 
     Returns:
-        A transform whose pixels differ from the processor's own by at most one grey level.
+        A transform whose pixels differ from the processor's by at most one grey level.
 
     Example:
 
@@ -256,11 +259,11 @@ def train_transform(
     """The augmentation of BALLAD's training, with the pixels that the image processor's tower takes.
 
     Args:
-        image_processor: its size, filter, mean and standard deviation are taken over.
-        scale: smallest and largest share of the image's area that a crop keeps.
-        horizontal_flip: probability of a mirrored image; 0 where left and right differ in meaning, as in digits.
-        color_jitter: brightness, contrast and saturation are multiplied by factors of 1 - this to 1 + this each, in
-            random order; 0 leaves colours alone.
+        image_processor: its size, filter, mean and standard deviation are used.
+        scale: smallest and largest fraction of the image's area that a crop keeps.
+        horizontal_flip: probability of a flip; 0 where left and right differ in meaning, as in digits.
+        color_jitter: brightness, contrast and saturation are each multiplied by a factor of 1 - this to 1 + this, in
+            random order; 0 for none.
         crop_schedule: lets `scale` narrow to its largest share over the epochs, with crops of the shape of the
             tower's input; default: every epoch has `scale`, and crops vary in shape.
 
@@ -302,13 +305,13 @@ def train_transform(
 def five_crop_transform(image_processor: Any, expand: int | None = None) -> FiveCropTransform:
     """Five views of each image for test-time ensembling, as LIFT (Shi et al., 2024) evaluates with.
 
-    The image is resized to `expand` pixels more than the tower takes, then cut at the centre and the four corners.
+    The image is resized to `expand` pixels more than the tower takes, then cropped at the centre and the corners.
     `extract_features(..., transform=..., views=5)` keeps a feature of each view; `evaluate` averages their logits.
 
     Args:
-        image_processor: its size, crop, filter, mean and standard deviation are taken over.
-        expand: pixels more a side, 1 or more; default: 24 for towers of 224, as in the paper, and in proportion for
-            others.
+        image_processor: its size, crop, filter, mean and standard deviation are used.
+        expand: additional pixels per side, 1 or more; default: 24 for towers of 224, as in the paper, and in
+            proportion for others.
 
     Example:
 
@@ -322,7 +325,7 @@ def five_crop_transform(image_processor: Any, expand: int | None = None) -> Five
     if expand is None:
         expand = max(1, round(24 / 224 * max(pixel_format.height, pixel_format.width)))
     if expand < 1:
-        raise ValueError(f"expand is {expand}: with less than 1 pixel more, all five views would be the same.")
+        raise ValueError(f"expand is {expand}: give 1 or more, as all five views would be the same with less.")
     return FiveCropTransform(pixel_format, int(expand))
 
 
