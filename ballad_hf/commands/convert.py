@@ -70,7 +70,7 @@ def run(kind: str, source: str, output_dir: str, **options: Any) -> None:
 def _converter(kind: str) -> Callable[..., Any]:
     from ..conversion import convert
 
-    converters = {
+    converters: dict[str, Callable[..., Any]] = {
         "openai": convert.convert_openai_clip,
         "open-clip": convert.convert_open_clip,
         "official": convert.convert_official_ballad,

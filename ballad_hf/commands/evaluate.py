@@ -73,7 +73,7 @@ def prior_of(text: str | None) -> str | float | None:
     if text in (None, "uniform", "train"):
         return text
     try:
-        return float(text)  # type: ignore[arg-type]
+        return float(text)
     except ValueError:
         raise ValueError(f"target_prior is {text!r}: choose uniform, train or a number.") from None
 

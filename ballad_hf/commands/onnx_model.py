@@ -83,7 +83,7 @@ class OnnxClassifier:
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores /= scores.sum(axis=1, keepdims=True)
         for image, row in zip(images, scores, strict=True):
-            best = [] if image is None else np.argsort(-row, kind="stable")[:top_k]
+            best: list[int] = [] if image is None else np.argsort(-row, kind="stable")[:top_k].tolist()
             yield [{"label": self.class_names[index], "score": float(row[index])} for index in best]
 
 
