@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from heads import compare_heads
+from transformers import CLIPProcessor
 
 from ballad_hf import (
     BalladForImageClassification,
@@ -207,14 +208,13 @@ class Tower:
             result = train_phase_a(
                 model,
                 self.splits["train"],
-                tokenizer,
-                image_processor,
+                CLIPProcessor(image_processor, tokenizer),
                 arguments,
                 eval_dataset=self.splits["validation"],
                 accelerator=accelerator,
                 output_dir=folder,
                 seed=self.seed,
-                resume="auto",
+                resume_from_checkpoint=True,
                 progress=options.progress,
                 **reading,
             )

@@ -3,7 +3,7 @@
     python benchmarks/data_loading.py
 
 Photograph-like JPEGs are made in a temporary folder: 500 x 375 pixels, as ImageNet has on average, and 4000 x 3000, as
-phones take them. The plain pipeline is what is commonly written per picture: open, convert, crop, resize, flip,
+phones take them. The plain pipeline is what is commonly written per image: open, convert, crop, resize, flip,
 jitter, to floats, normalise; with the same random numbers. The tower is CLIP's ViT-B/32, random weights, float32.
 """
 
@@ -31,7 +31,7 @@ BATCH_SIZE = 16
 
 
 class PlainPipeline(Dataset):
-    """Step by step, each over the whole picture before it."""
+    """Step by step, each over the whole image before it."""
 
     def __init__(self, paths: list[Path], transform: TrainTransform):
         self.paths, self.transform = paths, transform
@@ -42,21 +42,21 @@ class PlainPipeline(Dataset):
     def __getitem__(self, sample: SampleIndex):
         kind, rng = self.transform.pixel_format, np.random.default_rng(sample.seed)
         with Image.open(self.paths[sample.index]) as file:
-            picture = file.convert("RGB")
-        picture = picture.crop(_random_box(*picture.size, self.transform.scale, rng))
-        picture = picture.resize((kind.width, kind.height), Image.Resampling.BICUBIC)
+            image = file.convert("RGB")
+        image = image.crop(_random_box(*image.size, self.transform.scale, rng))
+        image = image.resize((kind.width, kind.height), Image.Resampling.BICUBIC)
         if rng.random() < self.transform.horizontal_flip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         factors = rng.uniform(0.6, 1.4, 3)
         enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
         for which in rng.permutation(3):
-            picture = enhancers[which](picture).enhance(factors[which])
-        pixel_values = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(255)
+            image = enhancers[which](image).enhance(factors[which])
+        pixel_values = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
         pixel_values = (pixel_values - torch.tensor(kind.mean)[:, None, None]) / torch.tensor(kind.std)[:, None, None]
         return {"pixel_values": pixel_values, "labels": 0, "index": sample.index}
 
 
-def make_pictures(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
+def make_images(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
     """Smooth shapes with grain, JPEG quality 90."""
     rng = np.random.default_rng(0)
     for index in range(count):
@@ -76,8 +76,8 @@ def rate(loader: DataLoader, repeats: int = 3) -> float:
     best = 0.0
     for _ in range(repeats):
         start = time.perf_counter()
-        pictures = sum(len(batch["index"]) for batch in loader)
-        best = max(best, pictures / (time.perf_counter() - start))
+        images = sum(len(batch["index"]) for batch in loader)
+        best = max(best, images / (time.perf_counter() - start))
     return best
 
 
@@ -95,14 +95,14 @@ def tower_rate(repeats: int = 5) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pictures", type=int, default=320, help="of 500 x 375; a tenth of that of 4000 x 3000")
+    parser.add_argument("--images", type=int, default=320, help="of 500 x 375; a tenth of that of 4000 x 3000")
     arguments = parser.parse_args()
     image_processor = CLIPImageProcessorPil()
     transform = train_transform(image_processor)
-    print(f"tower (ViT-B/32, forward only, {torch.get_num_threads()} threads): {tower_rate():.0f} pictures a second")
-    for size, count in (((500, 375), arguments.pictures), ((4000, 3000), arguments.pictures // 10)):
+    print(f"tower (ViT-B/32, forward only, {torch.get_num_threads()} threads): {tower_rate():.0f} images a second")
+    for size, count in (((500, 375), arguments.images), ((4000, 3000), arguments.images // 10)):
         with tempfile.TemporaryDirectory() as folder:
-            paths = make_pictures(Path(folder), count, size)
+            paths = make_images(Path(folder), count, size)
             images = ImageDataset(paths, np.zeros(count, dtype=np.int64), ["image"])
             for workers in (1, 2):
                 sampler = InstanceSampler(images.labels)
@@ -116,14 +116,14 @@ def main() -> None:
                 )
                 quick, slow = rate(ours), rate(plain)
                 print(
-                    f"{size[0]} x {size[1]}, {workers} workers: {quick:.0f} pictures a second, plain pipeline "
+                    f"{size[0]} x {size[1]}, {workers} workers: {quick:.0f} images a second, plain pipeline "
                     f"{slow:.0f}: {quick / slow:.2f} times as many"
                 )
             image = images.image(0)
             ours_takes = seconds(evaluation_transform(image_processor), image) * 1e3
             processor_takes = seconds(image_processor, image, return_tensors="pt") * 1e3
             print(
-                f"{size[0]} x {size[1]}, evaluation of a decoded picture: {ours_takes:.1f} ms, image processor "
+                f"{size[0]} x {size[1]}, evaluation of a decoded image: {ours_takes:.1f} ms, image processor "
                 f"{processor_takes:.1f} ms: {processor_takes / ours_takes:.2f} times as long"
             )
 

@@ -131,6 +131,7 @@ def naive_step(case: Case) -> Callable[[torch.Tensor], float]:
 def our_step(case: Case, way: Way) -> Callable[[torch.Tensor], float]:
     """The step of `train_phase_a`, set up by the same function, without the reading of pictures."""
     from accelerate import Accelerator
+    from transformers import CLIPProcessor
 
     from ballad_hf import BalladForImageClassification
     from ballad_hf.conversion.tiny_clip import build_tiny_clip
@@ -155,7 +156,8 @@ def our_step(case: Case, way: Way) -> Callable[[torch.Tensor], float]:
         decay_all=True,
     )
     accelerator = Accelerator(mixed_precision=way.mixed_precision, cpu=case.device == "cpu")
-    setup = set_up_phase_a(model, dataset, None, tokenizer, image_processor, arguments, accelerator, case.seed, 0, 128)
+    processor = CLIPProcessor(image_processor, tokenizer)
+    setup = set_up_phase_a(model, dataset, processor, arguments, accelerator, seed=case.seed)
     set_training_mode(setup, arguments)
     pixels = draw_pixels(case)
 
