@@ -119,8 +119,8 @@ def test_a_model_without_its_text_tower_serves_its_own_classes(tiny_ballad, tiny
 
 PUSH = """
 import sys
-from ballad_hf.hub.push import main
-main()
+from ballad_hf.commands.push import main
+main(sys.argv[1:])
 """
 # As the toolkit of the endpoints does: everything of the repository, then the class of handler.py with that folder.
 SERVE = """

@@ -593,7 +593,7 @@ def test_without_validation_the_last_epoch_is_kept_and_said(splits, encoder, tmp
     # The state of a run without validation is read back and gone on from.
     shutil.rmtree(tmp_path / "phase_a" / "result")
     shutil.rmtree(max((tmp_path / "phase_a").glob("step-*")))
-    resumed, again = run(without, output_dir=tmp_path, resume="auto")
+    resumed, again = run(without, output_dir=tmp_path, resume_from_checkpoint=True)
     assert (resumed.best_epoch, resumed.resumed_from) == (3, 8)
     assert all(torch.equal(weights[name], value) for name, value in again.items())
 

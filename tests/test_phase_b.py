@@ -397,8 +397,8 @@ class FixedSampler(EpochSampler):
         super().__init__(len(rows))
         self.fixed = np.array(rows)
 
-    def _rows_at(self, positions):
-        return self.fixed[positions]
+    def _epoch_rows(self):
+        return self.fixed
 
 
 def test_what_is_left_at_an_epochs_end_is_dropped():

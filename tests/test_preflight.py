@@ -22,7 +22,7 @@ def test_one_class_is_no_classification(tiny_clip):
 
 def test_every_class_without_a_training_picture_is_named(tiny_clip):
     dataset = dataset_of(["cat", "dog", "fox", "owl"], [5, 0, 1, 0])
-    with pytest.raises(ValueError, match="2 classes have no training picture: dog, owl"):
+    with pytest.raises(ValueError, match="2 classes have no training image: dog, owl"):
         check_before_training(tiny_clip.clip, dataset, tiny_clip.image_processor)
 
 
@@ -30,12 +30,12 @@ def test_a_picture_size_that_the_tower_cannot_take_is_named(tiny_clip):
     image_processor = type(tiny_clip.image_processor)(
         size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}
     )
-    with pytest.raises(ValueError, match=r"can't take pictures of 48 x 48 pixels.*32\*32"):
+    with pytest.raises(ValueError, match=r"can't take images of 48 x 48 pixels.*32\*32"):
         check_before_training(tiny_clip.clip, dataset_of(["cat", "dog"], [5, 1]), image_processor)
 
 
 def test_a_batch_larger_than_the_data_is_named_with_one_that_fits(tiny_clip):
     dataset = dataset_of(["cat", "dog"], [30, 10])
     check_before_training(tiny_clip.clip, dataset, tiny_clip.image_processor, batch_size=40)
-    with pytest.raises(ValueError, match="batch_size is 512, but there are 40 training pictures.*such as 10"):
+    with pytest.raises(ValueError, match="batch_size is 512, but there are 40 training images.*such as 10"):
         check_before_training(tiny_clip.clip, dataset, tiny_clip.image_processor, batch_size=512)

@@ -2,8 +2,8 @@
 
 The classifier's rows say where its classes lie in feature space, the sentence encoder says which texts are alike. A
 kernel ridge regression from prompts to rows predicts a row for any text; see `models/modeling_joined_towers.py` for
-the formula. The defaults were chosen by leaving out classes of ImageNet, 100 of 1,000 at a time: for 59 % of their rows
-the prediction from the own name is the nearest of the 100, with a linear ridge map for 53 % at best
+the formula. The defaults were chosen by leaving out classes of ImageNet, 100 of 1,000 at a time: for 59 % of their
+rows the prediction from the own name is the nearest of the 100, with a linear ridge map for 53 % at best
 (`benchmarks/lite.py names`).
 """
 

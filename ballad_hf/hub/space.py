@@ -126,7 +126,7 @@ def space_files(
     Example:
 
     >>> from ballad_hf.hub.space import space_files
-    >>> print(space_files("someone/digits", model="someone/digits")["README.md"].decode()[:35])
+    >>> print(space_files("someone/digits", model="someone/digits")["README.md"].decode()[:29])
     ---
     title: digits
     sdk: gradio

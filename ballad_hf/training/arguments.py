@@ -390,7 +390,7 @@ class BalladTrainingArguments:
         default_factory=list,
         metadata={"help": "trackers, such as tensorboard, wandb or trackio"},
     )
-    run_name: str | None = _option("name of the run for trackers; default: the name of output_dir")
+    run_name: str | None = _option("name of the run for trackers")
     feature_cache_dir: str | None = _option("keep image features here across runs")
     push_to_hub: bool = _option("push the result to the Hub", False)
     hub_model_id: str | None = _option("repository to push to; default: the name of output_dir")
@@ -414,8 +414,6 @@ class BalladTrainingArguments:
             raise ValueError(f"eval_batch_size is {self.eval_batch_size}: give 1 or more.")
         if Path(self.output_dir).is_file():
             raise ValueError(f"output_dir {self.output_dir} is a file: name a folder.")
-        if self.run_name is None:
-            self.run_name = Path(self.output_dir).name
 
     @property
     def repo_id(self) -> str:
