@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from .class_names import ClassNames, clean_class_name, read_class_names, shown_class_names
 from .images import DIGEST_BYTES, UnreadableImageError, check_image, image_digest, open_image, readable_path
-from .samplers import SampleIndex
 
 
 if TYPE_CHECKING:
@@ -34,6 +33,20 @@ Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
 _LABEL_COLUMNS = ("label", "labels")
 # Integer labels may be as high as the number of images, and as this: higher ones are identifiers, not class numbers.
 _MAX_INTEGER_LABEL = 1 << 16
+
+
+class SampleIndex(NamedTuple):
+    """A row as a training loader asks for it.
+
+    Args:
+        index: the row.
+        seed: of the image's augmentation, for `numpy.random.default_rng`.
+        epoch: for transforms that change as training goes on.
+    """
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    seed: int | tuple[int, ...]
+    epoch: int = 0
 
 
 class ImageDataset(Dataset):
