@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ballad_hf.data.image_dataset import ImageDataset
+from ballad_hf.data.image_dataset import ImageDataset, SampleIndex
 from ballad_hf.data.loaders import train_loader
-from ballad_hf.data.samplers import InstanceSampler, SampleIndex
+from ballad_hf.data.samplers import InstanceSampler
 from ballad_hf.data.transforms import TrainTransform, _random_box, evaluation_transform, train_transform
 
 

@@ -14,8 +14,6 @@ from ballad_hf.commands.errors import errors_in_one_line
 from ballad_hf.data.images import open_image
 
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -60,25 +58,34 @@ def test_a_program_names_itself():
 
 
 @pytest.mark.parametrize(
-    ("command", "says"),
+    ("line", "message"),
     [
-        (["-m", "ballad_hf", "audit", "./nowhere"], "dataset is ./nowhere: there is no such file or folder"),
-        (["-m", "ballad_hf", "compare", "nowhere"], "There is no metrics.json"),
-        (["-m", "ballad_hf", "sweep", "nowhere", "--dataset", "x", "--least_few", "7"], "least_few is 7.0: give"),
-        (["-m", "ballad_hf", "evaluate", "nowhere"], "nowhere is not a folder"),
-        (["-m", "ballad_hf", "predict", "nowhere", "no-images"], "There is no no-images"),
-        (["-m", "ballad_hf", "convert", "fold", "./nowhere", "out"], "./nowhere"),
-        (["-m", "ballad_hf", "push", "nowhere", "me/mine"], "There is no folder nowhere"),
-        (["-m", "ballad_hf", "app", "nowhere", "--port", "0"], "port is 0: choose"),
-        (["examples/train_ballad.py", "--phase_a_learning_rate", "-1"], "learning_rate is -1.0: give"),
+        ("train digits --phase_a_learning_rate -1", "learning_rate is -1.0: give"),
+        ("audit ./nowhere", "dataset is ./nowhere: there is no such file or folder"),
+        ("compare nowhere", "There is no metrics.json"),
+        ("sweep nowhere --dataset x --least_few 7", "least_few is 7.0: give"),
+        ("evaluate nowhere", "nowhere is not a folder"),
+        ("predict nowhere no-images", "There is no no-images"),
+        ("convert fold ./nowhere out", "./nowhere"),
+        ("push nowhere me/mine", "There is no folder nowhere"),
+        ("app nowhere --port 0", "port is 0: choose"),
     ],
 )
-def test_every_command_ends_in_one_line(command, says):
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+def test_every_command_ends_in_one_line(line, message):
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert str(ended.value).startswith("error: ")
+    assert message in str(ended.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [["-m", "ballad_hf", "train"], ["examples/train_ballad.py"]])
+def test_a_program_ends_without_a_traceback_and_with_status_1(program):
+    command = [sys.executable, *program, "--phase_a_learning_rate", "-1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
+    assert done.stderr.startswith("error: learning_rate is -1.0: give")
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert says in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ def test_views_are_the_same_for_any_batch_and_number_of_workers(model, tiny_clip
 def test_a_view_is_the_transform_with_its_own_seed(model, tiny_clip, few):
     transform = train_transform(tiny_clip.image_processor)
     table = extract_features(model, few, transform=transform, views=2, seed=9)
-    from ballad_hf.data.samplers import SampleIndex, view_seed
+    from ballad_hf.data.image_dataset import SampleIndex
+    from ballad_hf.data.samplers import view_seed
 
     pixel_values = few.with_transform(transform)[SampleIndex(5, view_seed(9, 1, 5))]["pixel_values"][None]
     with torch.no_grad():

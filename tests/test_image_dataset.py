@@ -10,9 +10,8 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from ballad_hf import as_image_dataset
-from ballad_hf.data.image_dataset import ImageDataset, check_class_order
+from ballad_hf.data.image_dataset import ImageDataset, SampleIndex, check_class_order
 from ballad_hf.data.images import UnreadableImageError
-from ballad_hf.data.samplers import SampleIndex
 
 
 def grey(level, size=(6, 4)):

@@ -18,7 +18,7 @@ class PushArguments:
     with_code: bool = option("upload the model's code too, for use without this package", False)
     with_handler: bool = option("upload a handler for Inference Endpoints, and the code", False)
     revision: str | None = option("an existing branch; default: the main one")
-    space: bool = option("make a Space too: a web page on which the model can be tried", False)
+    space: str | None = option("push a demo too, a Space of this name: owner/name, or a name in your own namespace")
 
 
 def main(options: Sequence[str]) -> None:
@@ -44,7 +44,9 @@ def run(options: PushArguments) -> None:
         revision=options.revision,
     )
     print(f"Pushed to {repository}")
-    if options.space:
+    if options.space is not None:
         from ..hub.space import push_space
 
-        print(f"Its Space: {push_space(repository.repo_id, private=private)}")
+        # A Space can load a model on the Hub only with its code.
+        model = repository.repo_id if options.with_code else options.folder
+        print(f"Pushed the demo to {push_space(model, options.space, private=private)}")

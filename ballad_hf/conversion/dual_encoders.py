@@ -234,7 +234,7 @@ def _load_transformers(name_or_path: str | os.PathLike, model_type: str, **kwarg
     if model_type == "ballad":
         raise ValueError(
             f"{name_or_path} is a BALLAD model already: load it with BalladForImageClassification.from_pretrained, or "
-            f"make a plain dual encoder of it by `ballad-convert fold {name_or_path} FOLDER` to start from."
+            f"make a plain dual encoder of it by `ballad convert fold {name_or_path} FOLDER` to start from."
         )
     try:
         clip, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)

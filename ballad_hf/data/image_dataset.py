@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ from .columns import (
     read_labels,
 )
 from .images import DIGEST_BYTES, UnreadableImageError, check_image, image_digest, open_image, readable_path
-from .samplers import SampleIndex
 
 
 if TYPE_CHECKING:
@@ -40,6 +39,20 @@ Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
 
 # Integer labels may be as high as the number of images, and as this: higher ones are identifiers, not class numbers.
 _MAX_INTEGER_LABEL = 1 << 16
+
+
+class SampleIndex(NamedTuple):
+    """A row as a training loader asks for it.
+
+    Args:
+        index: the row.
+        seed: of the image's augmentation, for `numpy.random.default_rng`.
+        epoch: for transforms that change as training goes on.
+    """
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    seed: int | tuple[int, ...]
+    epoch: int = 0
 
 
 class ImageDataset(Dataset):

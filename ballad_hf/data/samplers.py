@@ -8,12 +8,12 @@ stopped, since no state is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 from transformers.utils import logging
 
+from .image_dataset import SampleIndex
 from .long_tail import ClassIndex, checked_labels
 
 
@@ -23,20 +23,6 @@ _BLOCK = 1 << 16
 
 # Names for the separate uses of a seed, so that no two choices share their random numbers.
 _CLASS_ORDER, _WITHIN_CLASS, _ROW_ORDER, _AUGMENTATION, _VIEW = range(5)
-
-
-class SampleIndex(NamedTuple):
-    """A row as a training loader asks for it.
-
-    Args:
-        index: the row.
-        seed: of the image's augmentation, for `numpy.random.default_rng`.
-        epoch: for transforms that change as training goes on.
-    """
-
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
-    seed: int | tuple[int, ...]
-    epoch: int = 0
 
 
 def view_seed(seed: int, view: int, row: int) -> tuple[int, ...]:

@@ -306,7 +306,8 @@ class _Views(Dataset):
         return len(self.vectors)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        from ..data.samplers import SampleIndex, view_seed
+        from ..data.image_dataset import SampleIndex
+        from ..data.samplers import view_seed
 
         vector = int(self.vectors[position])
         row = int(np.searchsorted(self.offsets, vector, side="right")) - 1

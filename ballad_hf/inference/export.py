@@ -1,7 +1,7 @@
 """Export a model: ONNX files for any runtime, and a `torch.export` program.
 
 An export folder holds the network from pixels to logits, the class names, and the image processor's settings.
-`examples/classify_onnx.py` reads nothing else, and needs no torch.
+`ballad predict` reads nothing else, and needs no torch.
 """
 
 from __future__ import annotations
