@@ -53,7 +53,7 @@ def two_phases() -> plt.Figure:
     for y, end in ((5.3, 4.0), (1.9, 3.2)):
         _arrow(left, (3.2, y), (4, y))
         _arrow(left, (7.2, y), (8, end))
-    _box(right, 0, 4.4, "features,\nclass-balanced", FROZEN)
+    _box(right, 0, 4.4, "balanced\nfeatures", FROZEN)
     _box(right, 4, 4.4, "linear\nadapter", TRAINED)
     _box(right, 8, 2.7, "cross-\nentropy", GREY)
     _box(right, 4, 1, "class\nembeddings", FROZEN)
