@@ -90,6 +90,17 @@ def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedMo
     return _load_open_clip(name_or_path, open_clip_config, hub, kwargs)
 
 
+def check_source(name_or_path: str | os.PathLike, revision: str | None = None) -> None:
+    """Refuse a model that is neither on this machine nor within reach of the Hub, before anything else is loaded.
+
+    Raises:
+        FileNotFoundError: see [`check_model_source`].
+    """
+    if str(name_or_path) == "tiny" or lite.is_lite(name_or_path):
+        return
+    check_model_source(name_or_path, ("config.json", CONFIG_FILE), {"revision": revision})
+
+
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `from_pretrained` that find a file; tokenizers and image processors take them too."""
     return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
