@@ -299,7 +299,7 @@ def test_what_is_not_there_says_what_was_looked_for(tmp_path):
     for name in (tmp_path / "RN50.pt", tmp_path / "nowhere", "weights/RN50.pt"):
         with pytest.raises(FileNotFoundError, match="There is no file or folder"):
             BalladForImageClassification.from_clip(name)
-    with pytest.raises(OSError, match="'nobody/nothing' has neither .* the Hub was not reached"):
+    with pytest.raises(OSError, match="'nobody/nothing' is not on this machine.*HF_HUB_OFFLINE.*--model lite"):
         BalladForImageClassification.from_clip("nobody/nothing")
 
 

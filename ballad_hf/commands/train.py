@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..training.arguments import (
     BalladTrainingArguments,
@@ -14,6 +15,7 @@ from ..training.arguments import (
     ModelArguments,
     PhaseAArguments,
     PhaseBArguments,
+    parse_duration,
 )
 from .options import OptionParser, add_dataclass, build, read_config, underscored
 
@@ -30,11 +32,20 @@ Saved in {folder}. To use it, in Python:
 
 
 class Arguments(NamedTuple):
-    """All arguments of a run."""
+    """All arguments of a run.
+
+    Args:
+        explicit: flat names of what was given, on the command line or in the file of `--config`.
+        preset: by which the others are chosen, see `plan_training`.
+        time_budget: seconds, or `None`.
+    """
 
     data: DataArguments
     model: ModelArguments
     training: BalladTrainingArguments
+    explicit: frozenset[str] = frozenset()
+    preset: Literal["quick", "standard", "paper"] = "paper"
+    time_budget: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Flat names and values, as `--config` reads them."""
@@ -70,8 +81,12 @@ def parse_arguments(options: Sequence[str], default_config: str | None = None) -
     chooses = known.data is not None or any(option.split("=", 1)[0] in _CHOOSES_THE_RECIPE for option in options)
     if config is None and not chooses:
         config = default_config
+    config = config or _interrupted_run(known)
+    explicit = {action.dest for action in parser._actions if _is_given(action, options)}
     if config is not None:
-        parser.set_defaults(**read_config(find_recipe(config), parser))
+        given = read_config(find_recipe(config), parser)
+        explicit |= set(given)
+        parser.set_defaults(**given)
     parsed = vars(parser.parse_args(options))
     if parsed["data"] is not None:
         parsed["dataset"] = parsed["data"]
@@ -84,7 +99,20 @@ def parse_arguments(options: Sequence[str], default_config: str | None = None) -
             phase_a=build(PhaseAArguments, parsed, "phase_a_"),
             phase_b=build(PhaseBArguments, parsed, "phase_b_"),
         ),
+        frozenset(explicit),
+        parsed["preset"] or ("standard" if config is None else "paper"),
+        None if parsed["time_budget"] is None else parse_duration(parsed["time_budget"]),
     )
+
+
+def _is_given(action: argparse.Action, options: Sequence[str]) -> bool:
+    return any(option.split("=", 1)[0] in action.option_strings for option in options)
+
+
+def _interrupted_run(known: argparse.Namespace) -> str | None:
+    """The arguments of the run that `--resume auto` continues: its settings were chosen when it began."""
+    record = Path(known.output_dir) / "arguments.yaml"
+    return str(record) if known.resume == "auto" and record.is_file() else None
 
 
 def find_recipe(name: str) -> Path:
@@ -110,17 +138,35 @@ def run(arguments: Arguments) -> None:
     from accelerate.utils import set_seed
 
     from .. import BalladForImageClassification, BalladTrainer, load_image_dataset
+    from ..conversion.dual_encoders import check_source
     from ..evaluation.summary import metrics_table, verdict
+    from ..training.plan import TimeBudget, plan_training
 
     args = arguments.training
     set_seed(args.seed)
+    check_source(arguments.model.model, arguments.model.model_revision)
     dataset = load_image_dataset(**vars(arguments.data), seed=args.seed)
     model = BalladForImageClassification.from_clip(
         arguments.model.model, dataset=dataset["train"], seed=args.seed, **arguments.model.from_clip_options()
     )
+    args, plan = plan_training(
+        model,
+        dataset["train"],
+        dataset.get("validation"),
+        args=args,
+        explicit=arguments.explicit,
+        preset=arguments.preset,
+        time_budget=arguments.time_budget,
+        test_images=len(dataset.get("test", ())),
+    )
+    arguments = arguments._replace(training=args)
     trainer = BalladTrainer(
         model, args, dataset["train"], dataset.get("validation"), run_arguments=arguments.to_dict()
     )
+    if trainer.accelerator.is_main_process:
+        print(f"\n{plan.to_text()}\n", flush=True)
+    if plan.time_budget is not None:
+        trainer.add_callback(TimeBudget(plan.time_budget - (plan.seconds - plan.phase_a_seconds)))
     trainer.prepare()
 
     split = "test" if "test" in dataset else "validation" if "validation" in dataset else "train"
@@ -146,6 +192,15 @@ def _parser() -> OptionParser:
     parser = OptionParser("train", "Train a BALLAD model: phase A, phase B, evaluation, report and model card.")
     parser.add_argument("data", nargs="?", default=None, metavar="DATASET", help="the same as --dataset")
     parser.add_argument("--config", metavar="FILE", help="YAML file of these options, or the name of a recipe")
+    parser.add_argument(
+        "--preset",
+        choices=("quick", "standard", "paper"),
+        help="how settings that are not given are chosen: 'quick' without phase A, 'standard' by data, model and "
+        "machine, 'paper' not at all; default: 'standard', with --config 'paper'",
+    )
+    parser.add_argument(
+        "--time_budget", metavar="TIME", help="time for the whole run, such as 30m, 1.5h or 90s; chooses the epochs"
+    )
     add_dataclass(parser, DataArguments, "Data")
     add_dataclass(parser, ModelArguments, "Model")
     add_dataclass(parser, PhaseAArguments, "Phase A: continued pretraining", "phase_a_")

@@ -27,6 +27,7 @@ from transformers.utils import cached_file, logging
 
 from . import lite
 from .checkpoint_files import read_checkpoint
+from .hub_access import check_model_source
 from .open_clip_layout import (
     CONFIG_FILE,
     WEIGHT_FILES,
@@ -42,7 +43,6 @@ logger = logging.get_logger(__name__)
 # OpenAI's CLIPs and most of open_clip's share one tokenizer, which their weight files do not contain.
 OPENAI_TOKENIZER = "openai/clip-vit-base-patch32"
 OPENAI_VOCAB_SIZE = 49408
-_WEIGHT_SUFFIXES = {".bin", ".pt", ".pth", ".safetensors"}  # a name with one of these is a file, not a Hub name
 # Ends the message about a name that was not found.
 NO_HUB = " If it is on the Hub, the Hub was not reached: check the network and HF_HUB_OFFLINE."
 # The arguments of `from_pretrained` that find a file; the others are about the model.
@@ -66,7 +66,7 @@ def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedMo
         The model in evaluation mode.
 
     Raises:
-        FileNotFoundError: no such file, or a folder without any of these.
+        FileNotFoundError: no such file, a folder without any of these, or a Hub that can't be reached.
         ValueError: a file that is no checkpoint, weights that are missing, a model without image and text features.
     """
     if lite.is_lite(name_or_path):
@@ -76,9 +76,8 @@ def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedMo
     path = Path(name_or_path)
     if path.is_file():
         return load_openai_clip(path, **kwargs)
-    if not path.exists() and (path.is_absolute() or path.suffix in _WEIGHT_SUFFIXES):
-        raise FileNotFoundError(f"There is no file or folder {str(path)!r}.")
     hub = hub_arguments(kwargs)
+    check_model_source(name_or_path, ("config.json", CONFIG_FILE), hub)
     model_type = find_model_type(name_or_path, hub)
     if model_type is not None:
         return _load_transformers(name_or_path, model_type, **kwargs)
@@ -89,6 +88,17 @@ def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedMo
             f"give a CLIP checkpoint's Hub name, its folder, or an OpenAI .pt file.{'' if path.is_dir() else NO_HUB}"
         )
     return _load_open_clip(name_or_path, open_clip_config, hub, kwargs)
+
+
+def check_source(name_or_path: str | os.PathLike, revision: str | None = None) -> None:
+    """Refuse a model that is neither on this machine nor within reach of the Hub, before anything else is loaded.
+
+    Raises:
+        FileNotFoundError: see [`check_model_source`].
+    """
+    if str(name_or_path) == "tiny" or lite.is_lite(name_or_path):
+        return
+    check_model_source(name_or_path, ("config.json", CONFIG_FILE), {"revision": revision})
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

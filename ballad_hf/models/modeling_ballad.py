@@ -227,6 +227,7 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
 
     class_embeds: torch.Tensor
     processing_class: Any = None  # the processor that the model came with; `processor_of` finds it otherwise
+    pretrained: bool | None = None  # whether the towers were trained before; `None` where `from_clip` did not make it
 
     def __init__(self, config: BalladConfig):
         super().__init__(config)
@@ -347,6 +348,7 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
             model = cls._from_checkpoint(
                 pretrained_model_name_or_path, class_names, tokenizer, processing_class, config_values, kwargs
             )
+        model.pretrained = pretrained_model_name_or_path != "tiny"
         if images is not None:
             model.config.class_counts = images.class_counts.tolist()
         return model

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -474,3 +475,26 @@ def check_all(name: str, values: Sequence[Any], fits: Callable[[Any], bool], cho
     wrong = [value for value in values if not fits(value)]
     if wrong:
         raise ValueError(f"{name} holds {wrong[0]!r}: choose {choices}.")
+
+
+def parse_duration(text: str | float) -> float:
+    """Seconds of a time such as `30m`, `1.5h`, `90s` or `1h30m`; a number alone is minutes.
+
+    Raises:
+        ValueError: it is none, or not above 0.
+
+    Example:
+
+    >>> from ballad_hf.training.arguments import parse_duration
+    >>> [parse_duration(text) for text in ("30m", "1.5h", "90s", "1h30m")]
+    [1800.0, 5400.0, 90.0, 5400.0]
+    """
+    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", str(text).strip().lower())
+    try:
+        parts = [float(part or 0) for part in found.groups()] if found else [0.0, float(text), 0.0]
+    except ValueError:
+        parts = [0.0]
+    seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"time_budget is {text!r}: give a time such as 30m, 1.5h or 90s.")
+    return seconds

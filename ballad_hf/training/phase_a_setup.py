@@ -126,7 +126,7 @@ def set_up_phase_a(
     clip.to(accelerator.device)
     low_rank = _choose_what_is_trained(clip, args, model.config.logit_scale)
     if args.activation_checkpointing:
-        clip.activation_checkpointing_enable()
+        clip.gradient_checkpointing_enable()
     if args.torch_compile:
         compile_towers(clip)
     _check_batch_size(args.batch_size, accelerator.num_processes)
@@ -267,7 +267,7 @@ def compile_towers(clip: PreTrainedModel) -> None:
 def make_plain(clip: PreTrainedModel, args: PhaseAArguments) -> None:
     """Take back what training put on the dual encoder, weights aside."""
     if args.activation_checkpointing:
-        clip.activation_checkpointing_disable()
+        clip.gradient_checkpointing_disable()
     if args.torch_compile:
         for tower in (clip.vision_model, clip.text_model):
             tower._compiled_call_impl = None
