@@ -18,7 +18,7 @@ class PushArguments:
     with_code: bool = option("upload the model's code too, for use without this package", False)
     with_handler: bool = option("upload a handler for Inference Endpoints, and the code", False)
     revision: str | None = option("an existing branch; default: the main one")
-    space: str | None = option("push a demo too, a Space of this name: owner/name, or a name in your own namespace")
+    space: bool = option("push a demo too: a Space of the same name, with the model's code", False)
 
 
 def main(options: Sequence[str]) -> None:
@@ -44,9 +44,7 @@ def run(options: PushArguments) -> None:
         revision=options.revision,
     )
     print(f"Pushed to {repository}")
-    if options.space is not None:
+    if options.space:
         from ..hub.space import push_space
 
-        # A Space can load a model on the Hub only with its code.
-        model = repository.repo_id if options.with_code else options.folder
-        print(f"Pushed the demo to {push_space(model, options.space, private=private)}")
+        print(f"Pushed the demo to {push_space(repository.repo_id, repository.repo_id, private=private)}")
