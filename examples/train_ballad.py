@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 
 from ballad_hf import BalladForImageClassification, BalladTrainer, load_image_dataset
 from ballad_hf.commands.errors import errors_in_one_line
-from ballad_hf.commands.train import parse_arguments
+from ballad_hf.commands.train import USE_IT, parse_arguments
 from ballad_hf.evaluation.summary import metrics_table, verdict
 
 
@@ -32,22 +32,24 @@ def main(command_line: list[str]) -> None:
     )
     trainer.prepare()  # mistakes in the data or the folder end the run here
 
-    # Both phases, measured on images that neither has seen.
-    test = dataset["test"]
-    stages = {"before training": trainer.predict(test, "test")}
+    # Both phases, measured on images that neither trains on: the test split, or else those that chose the weights.
+    split = "test" if "test" in dataset else "validation"
+    if split not in dataset:
+        raise ValueError("There is no test split, and validation_fraction 0 leaves no validation split to measure on.")
+    stages = {"before training": trainer.predict(dataset[split], split)}
     trainer.train_phase_a()
-    stages["phase A"] = trainer.predict(test, "test")
+    stages["phase A"] = trainer.predict(dataset[split], split)
     trainer.train_phase_b()
-    stages["phase B"] = trainer.predict(test, "test")
+    stages["phase B"] = trainer.predict(dataset[split], split)
 
     # Metrics, plots, report, model card and the model, in one folder.
-    results = trainer.save_results(stages, test)
+    results = trainer.save_results(stages, dataset[split])
     folder = trainer.save_model()
     if trainer.accelerator.is_main_process:
-        print(f"\nAccuracy on {len(test)} test images, in percent\n\n{metrics_table(results)}")
-        print("\n".join(["", *verdict(results), f"Saved in {folder}; see {folder}/report.html"]))
+        print(f"\nAccuracy on {len(dataset[split])} {split} images, in percent\n\n{metrics_table(results)}\n")
+        print("\n\n".join([*verdict(results), USE_IT.format(folder=folder)]))
     if args.push_to_hub:
-        trainer.push_to_hub()
+        print(f"Pushed to {trainer.push_to_hub()}")
     trainer.accelerator.end_training()
 
 

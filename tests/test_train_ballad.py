@@ -157,7 +157,7 @@ def test_all_images_are_trained_on_where_nothing_is_held_out(picture_folder, tmp
     main(["--dataset", str(tmp_path / "splits"), *options, "--overwrite_output_dir", "true"])
     assert "phase A keeps the weights of its last epoch" in caplog.text
     assert "phase B keeps the adapter of its last epoch" in caplog.text
-    assert "22 test pictures after the last epoch (no validation split)" in capsys.readouterr().out
+    assert "Accuracy on 22 test images" in capsys.readouterr().out
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["class_counts"] == [6, 12, 4]
 

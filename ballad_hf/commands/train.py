@@ -22,7 +22,7 @@ from .options import OptionParser, add_dataclass, build, read_config, underscore
 
 # A recipe stands for data and model together: choosing either one drops the default recipe.
 _CHOOSES_THE_RECIPE = ("--config", "--dataset", "--model", "--model_name_or_path")
-_USE_IT = """\
+USE_IT = """\
 Saved in {folder}. To use it, in Python:
 
     import ballad_hf
@@ -169,7 +169,9 @@ def run(arguments: Arguments) -> None:
         trainer.add_callback(TimeBudget(plan.time_budget - (plan.seconds - plan.phase_a_seconds)))
     trainer.prepare()
 
-    split = "test" if "test" in dataset else "validation" if "validation" in dataset else "train"
+    split = "test" if "test" in dataset else "validation"
+    if split not in dataset:
+        raise ValueError("There is no test split, and validation_fraction 0 leaves no validation split to measure on.")
     stages = {"before training": trainer.predict(dataset[split], split)}
     trainer.train_phase_a()
     stages["phase A"] = trainer.predict(dataset[split], split)
@@ -180,7 +182,7 @@ def run(arguments: Arguments) -> None:
     folder = trainer.save_model()
     if trainer.accelerator.is_main_process:
         title = f"{arguments.data.dataset}: accuracy on {len(dataset[split])} {split} images, in percent"
-        print("\n\n".join(["", title, metrics_table(results), *verdict(results), _USE_IT.format(folder=folder)]))
+        print("\n\n".join(["", title, metrics_table(results), *verdict(results), USE_IT.format(folder=folder)]))
     if args.push_to_hub:
         address = trainer.push_to_hub()
         if address is not None:

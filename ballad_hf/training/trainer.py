@@ -193,7 +193,8 @@ class BalladTrainer:
         pusher = None
         if args.push_to_hub and args.hub_strategy == "checkpoint" and self.accelerator.is_main_process:
             pusher = CheckpointPusher(args.repo_id, private=args.hub_private or None)
-            self.add_callback(pusher)
+            push_checkpoints = _PushCheckpoints(pusher)
+            self.add_callback(push_checkpoints)
         try:
             self.phase_a = train_phase_a(
                 self.model,
@@ -211,7 +212,7 @@ class BalladTrainer:
             )
         finally:
             if pusher is not None:
-                self.events.callbacks.remove(pusher)
+                self.events.callbacks.remove(push_checkpoints)
                 pusher.close()
         self._end_unless_in_train()
         return self.phase_a
@@ -425,6 +426,16 @@ class BalladTrainer:
     def _end_unless_in_train(self) -> None:
         if not self._in_train:
             self.events.end()
+
+
+class _PushCheckpoints(TrainerCallback):
+    """Uploads each checkpoint in the background."""
+
+    def __init__(self, pusher: CheckpointPusher):
+        self.pusher = pusher
+
+    def on_save(self, args: Any, state: Any, control: Any, checkpoint: Path, **kwargs: Any) -> None:
+        self.pusher.submit(checkpoint)
 
 
 def _reporting_callbacks(report_to: Sequence[str]) -> list[TrainerCallback]:
