@@ -116,11 +116,12 @@ def run_blocks(hub, programs, tmp_path_factory):
         file = folder / "blocks.json"
         file.write_text(json.dumps([asdict(block) for block in blocks]), encoding="utf-8")
         command = [sys.executable, str(Path(__file__).with_name("run_blocks.py")), str(file)]
-        done = subprocess.run(
-            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert done.returncode == 0, done.stdout[-6000:]
-        return done.stdout
+        log = folder / "blocks.log"
+        with log.open("w", encoding="utf-8") as stream:
+            done = subprocess.run(command, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        output = log.read_text(encoding="utf-8")
+        assert done.returncode == 0, output[-6000:]
+        return output
 
     return run
 
