@@ -534,3 +534,26 @@ def test_cifar_100_at_imbalance_100(monkeypatch):
 
 def test_the_library_works_offline():
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_an_image_folder_gets_a_balanced_test_split_of_its_own(tmp_path):
+    make_folder(tmp_path / "own", {"a": 60, "b": 30, "c": 8, "d": 2, "e": 1})
+    splits = load_splits(tmp_path / "own", test_fraction=None, validation_fraction=0)
+    # A tenth of 101 images is 10: a quarter of "c" is 2, one of two is "d"'s, and the last image is never taken.
+    assert np.bincount(splits.test.labels, minlength=5).tolist() == [4, 4, 2, 1, 0]
+    assert splits.class_counts.tolist() == [56, 26, 6, 1, 1]
+    names = {split.image_name(row) for split in (splits.train, splits.test) for row in range(len(split))}
+    assert len(names) == 101
+    again = load_splits(tmp_path / "own", test_fraction=None)
+    assert [again.test.image_name(row) for row in range(11)] == [splits.test.image_name(row) for row in range(11)]
+    other = load_splits(tmp_path / "own", test_fraction=None, seed=1)
+    assert [other.test.image_name(row) for row in range(11)] != [splits.test.image_name(row) for row in range(11)]
+
+
+def test_a_test_split_that_exists_or_is_not_wanted_is_left_alone(tmp_path):
+    make_folder(tmp_path / "data" / "train", {"owl": 8, "fox": 8})
+    make_folder(tmp_path / "data" / "test", {"owl": 3})
+    assert len(load_splits(tmp_path / "data", test_fraction=0.5).test) == 3
+    assert load_splits(tmp_path / "data" / "train", test_fraction=0).test is None
+    with pytest.raises(ValueError, match="test_fraction is 1.0"):
+        load_splits("digits", test_fraction=1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # Names for the separate uses of a seed, so that no two choices share their random numbers.
-_VALIDATION, _TAIL, _SUBSET = range(3)
+_VALIDATION, _TAIL, _SUBSET, _TEST = range(4)
+
+# An image folder without a test split: the fraction of its images that are held out, and the most of a class.
+_TEST_FRACTION = 0.1
+_MOST_OF_A_CLASS = 0.25
 
 # The built-in digits: largest class over smallest where nothing else is asked for, size in pixels, and images of each
 # class that are held out.
@@ -45,6 +49,7 @@ class _RawDataset:
     class_names: list[str]
     splits: dict[str, datasets.Dataset]
     labels: dict[str, np.ndarray]
+    is_image_folder: bool = False
 
 
 def load_image_dataset(
@@ -60,6 +65,7 @@ def load_image_dataset(
     image_root: str | os.PathLike[str] | None = None,
     class_names: ClassNames | None = None,
     validation_fraction: float = 0.1,
+    test_fraction: float | None = None,
     imbalance_factor: float | None = None,
     profile: Profile = "exponential",
     max_train_samples: int | None = None,
@@ -81,6 +87,9 @@ def load_image_dataset(
         class_names: names of the classes for prompts; see `shown_class_names`.
         validation_fraction: fraction of each class held out where there is no validation split; at least one image
             of each class that has two, never the last. 0 trains on all images, without validation.
+        test_fraction: fraction of all images held out for the test split where there is none, as many of each class
+            as the tail allows: at most a quarter of a class, but at least one image of each class that has two.
+            Default: 0.1 for an image folder, else 0.
         imbalance_factor: make the training split long-tailed: largest class over smallest; the digits have 50.
         profile: shape of that tail, see `long_tailed_counts`.
         max_train_samples: this many training images, at least one per class, chosen at random.
@@ -93,8 +102,8 @@ def load_image_dataset(
     Returns:
         `train`, and where they exist `validation` and `test`. Every split has the columns `image`
         (`datasets.Image(decode=False)`, paths or bytes) and `label` (`ClassLabel` with cleaned names), and
-        `info.dataset_name`. Validation images are held out before the tail is made, so validation stays as balanced
-        as the data was.
+        `info.dataset_name`. Test and validation images are held out before the tail is made, so that they stay as
+        balanced as the data was.
 
     Raises:
         FileNotFoundError: no such dataset; images of a list that are missing.
@@ -110,7 +119,7 @@ def load_image_dataset(
     >>> train.class_counts.tolist(), train.class_names[:3]
     ([108, 73, 47, 30, 19, 12, 8, 5, 3, 2], ['zero', 'one', 'two'])
     """
-    _check_options(validation_fraction, on_unreadable, max_train_samples, seed)
+    _check_options(validation_fraction, test_fraction, on_unreadable, max_train_samples, seed)
     chosen = {"train": train_split, "validation": validation_split, "test": test_split}
     columns = {"image_column": image_column, "label_column": label_column}
     version = {"config_name": config_name, "revision": revision}
@@ -129,9 +138,17 @@ def load_image_dataset(
         raise ValueError(f"The training split of {raw.name} has no images.")
     train = as_image_dataset(splits["train"]).labels
     rows = np.arange(len(train))
+    if test_fraction is None:
+        test_fraction = _TEST_FRACTION if raw.is_image_folder else 0.0
+    if "test" not in splits and test_fraction > 0:
+        held_out = _balanced_test(train, test_fraction, seed)
+        rows = np.setdiff1d(rows, held_out)
+        if len(held_out):
+            splits["test"] = splits["train"].select(held_out)
     if "validation" not in splits and validation_fraction > 0:
-        rows, held_out = _hold_out(train, validation_fraction, seed)
-        splits["validation"] = splits["train"].select(held_out)
+        kept, held_out = _hold_out(train[rows], validation_fraction, seed)
+        splits["validation"] = splits["train"].select(rows[held_out])
+        rows = rows[kept]
     if imbalance_factor is None and raw.name == "digits":
         imbalance_factor = _DIGITS_IMBALANCE
     if imbalance_factor is not None:
@@ -142,11 +159,19 @@ def load_image_dataset(
     return _dataset_dict(splits)
 
 
-def _check_options(validation_fraction: float, on_unreadable: str, max_train_samples: int | None, seed: int) -> None:
+def _check_options(
+    validation_fraction: float,
+    test_fraction: float | None,
+    on_unreadable: str,
+    max_train_samples: int | None,
+    seed: int,
+) -> None:
     if not 0 <= validation_fraction < 1:
         raise ValueError(
             f"validation_fraction is {validation_fraction}: choose a fraction from 0 (no validation) to below 1."
         )
+    if test_fraction is not None and not 0 <= test_fraction < 1:
+        raise ValueError(f"test_fraction is {test_fraction}: choose a fraction from 0 (no test split) to below 1.")
     if on_unreadable not in ("raise", "skip"):
         raise ValueError(f"on_unreadable is {on_unreadable!r}: choose 'raise' or 'skip'.")
     if seed < 0:
@@ -183,7 +208,7 @@ def _read(
         train_list = find_train_list(path)
         if train_list is None:
             _warn_of_ignored("image folders", {**columns, **version, "image_root": lists["image_root"]})
-            return _from_files(find_class_folders(path, chosen))
+            return replace(_from_files(find_class_folders(path, chosen)), is_image_folder=True)
     if train_list is not None:
         _warn_of_ignored("list files", {**columns, **version})
         files = read_lists(train_list, chosen, **lists)
@@ -435,6 +460,19 @@ def _hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarra
             "validation_split, add images, or set validation_fraction to 0 to train without validation."
         )
     return np.setdiff1d(np.arange(len(labels)), validation), validation
+
+
+def _balanced_test(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Rows for a test split: equally many of each class, fewer where a class has few, never its last image."""
+    index, rng = ClassIndex(labels), np.random.default_rng(_seed(seed, _TEST))
+    most = np.maximum(1, (index.counts * max(_MOST_OF_A_CLASS, fraction)).astype(np.int64))  # (occurring classes,)
+    most = np.minimum(most, index.counts - 1)
+    wanted = min(round(fraction * len(labels)), int(most.sum()))
+    each = 1
+    while np.minimum(most, each).sum() < wanted:
+        each += 1
+    rows = [rng.permutation(index.rows_of(place))[: min(limit, each)] for place, limit in enumerate(most.tolist())]
+    return np.sort(np.concatenate(rows))
 
 
 def _subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:

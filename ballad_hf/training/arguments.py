@@ -49,6 +49,9 @@ class DataArguments:
     validation_fraction: float = _option(
         "fraction of each class held out where there is no validation split; 0 trains on everything", 0.1
     )
+    test_fraction: float | None = _option(
+        "fraction of the images held out for the test split where there is none; default: 0.1 for an image folder, else 0"
+    )
     imbalance_factor: float | None = _option(
         "make the training split long-tailed: size of the largest class over that of the smallest"
     )
@@ -63,6 +66,8 @@ class DataArguments:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}: choose a fraction from 0 (none) to below 1."
             )
+        if self.test_fraction is not None and not 0 <= self.test_fraction < 1:
+            raise ValueError(f"test_fraction is {self.test_fraction}: choose a fraction from 0 (none) to below 1.")
         if self.imbalance_factor is not None and not self.imbalance_factor >= 1:
             raise ValueError(
                 f"imbalance_factor is {self.imbalance_factor}: the largest class over the smallest; give 1 or more."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..data.prompts import ClassPrompts
 from ..data.samplers import SampleIndex
@@ -105,7 +105,7 @@ def measure_step(
 class _Measured:
     """One step over fixed inputs, in any precision."""
 
-    def __init__(self, clip: nn.Module, images: torch.Tensor, tokens: dict[str, torch.Tensor]):
+    def __init__(self, clip: PreTrainedModel, images: torch.Tensor, tokens: dict[str, torch.Tensor]):
         self.clip = clip
         self.images = images  # (images, channels, height, width)
         self.tokens = tokens  # of the prompts of a few classes; empty without a trained text tower

@@ -529,7 +529,7 @@ def _lines(
     groups = ", ".join(f"{len(classes)} {name}-shot" for name, classes in ShotGroups.from_counts(counts).items())
     pixels = PixelFormat.of(processing_class.image_processor)
     parameters = sum(parameter.numel() for parameter in model.clip.parameters())
-    weights = {True: "pretrained", False: "random weights, trained from scratch"}.get(model.pretrained, "as given")
+    weights = {True: "pretrained", False: "random weights, trained from scratch", None: "as given"}[model.pretrained]
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     device = f"{machine.name}, {machine.cores} cores, {_size(machine.free_bytes)} free"
     if machine.processes > 1:
