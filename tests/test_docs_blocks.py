@@ -1,8 +1,8 @@
 """Every Python and bash block of README.md and docs/*.md runs as written, page by page.
 
 A page's blocks run in order in a folder of their own, which holds what pages name: `my_images`, `image.png`, and
-trained models in `outputs/`. `ballad`, `accelerate` and `python` are those of this interpreter, and the Hub is a stand-in that
-serves a tiny CLIP under the name of OpenAI's. A block is left out after `<!-- not run: REASON -->`.
+trained models in `outputs/`. `ballad`, `accelerate` and `python` are those of this interpreter, and the Hub is a
+stand-in that serves a tiny CLIP under the name of OpenAI's. A block is left out after `<!-- not run: REASON -->`.
 """
 
 import importlib.util

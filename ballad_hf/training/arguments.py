@@ -50,7 +50,7 @@ class DataArguments:
         "fraction of each class held out where there is no validation split; 0 trains on everything", 0.1
     )
     test_fraction: float | None = _option(
-        "fraction of the images held out for the test split where there is none; default: 0.1 for an image folder, else 0"
+        "fraction of the images held out where there is no test split; default: 0.1 for an image folder, else 0"
     )
     imbalance_factor: float | None = _option(
         "make the training split long-tailed: size of the largest class over that of the smallest"
