@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from ballad_hf.data.prompts import ClassPrompts
 from ballad_hf.models.class_embeddings import encode_class_prompts
-from ballad_hf.training.cached_gradients import Objective, StepGradients
+from ballad_hf.training.cached_gradients import Objective, OutOfMemoryError, StepGradients
 from ballad_hf.training.losses import build_classification_loss
 from ballad_hf.training.optimization import freeze_the_rest
 from ballad_hf.training.towers import ClassTexts, TrainableTowers, class_embeddings
@@ -178,3 +178,50 @@ def test_dropout_falls_alike_in_both_passes(tiny_clip):
     parameter.data.sub_(2e-3 * direction)
     below, _ = step(3)
     assert (above - below) / 2e-3 == pytest.approx(some[name].norm().item(), rel=0.05)
+
+
+def _step_with_memory_for(most, tiny_clip, monkeypatch, error=None):
+    """Gradients of a step whose device holds `most` images, and the sizes of the forward passes that were tried."""
+    tried = []
+    forward = TrainableTowers.forward
+
+    def limited(self, pixel_values=None, **tokens):
+        if pixel_values is not None:
+            tried.append(len(pixel_values))
+            if len(pixel_values) > most:
+                raise error or torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, pixel_values, **tokens)
+
+    monkeypatch.setattr(TrainableTowers, "forward", limited)
+    return tried, lambda loss: gradients_of(tiny_clip.clip, tiny_clip.tokenizer, loss)
+
+
+@pytest.mark.parametrize("loss", ["contrastive", "cross_entropy"])
+@pytest.mark.parametrize(
+    "error",
+    [None, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")],
+)
+def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_gradients_stay(tiny_clip, monkeypatch, loss, error):
+    value, expected = gradients_of(tiny_clip.clip, tiny_clip.tokenizer, loss)
+    tried, step = _step_with_memory_for(2, tiny_clip, monkeypatch, error)
+    halved, gradients = step(loss)
+    assert tried[0] == 7
+    assert tried.count(3) == 1  # halved again: 7 // 2 // 2 is 1
+    assert set(tried[tried.index(3) + 1 :]) == {1}
+    assert halved == pytest.approx(value, rel=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)  # float32, logits up to 15
+
+
+def test_one_image_that_does_not_fit_says_what_to_set(tiny_clip, monkeypatch):
+    _, step = _step_with_memory_for(0, tiny_clip, monkeypatch)
+    with pytest.raises(OutOfMemoryError, match="--phase_a_activation_checkpointing.*--preset quick"):
+        step("contrastive")
+
+
+def test_other_errors_of_a_step_are_not_taken_for_a_lack_of_memory(tiny_clip, monkeypatch):
+    tried, step = _step_with_memory_for(0, tiny_clip, monkeypatch, RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        step("contrastive")
+    assert tried == [7]

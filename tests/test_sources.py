@@ -544,9 +544,9 @@ def test_an_image_folder_gets_a_balanced_test_split_of_its_own(tmp_path):
     assert splits.class_counts.tolist() == [56, 26, 6, 1, 1]
     names = {split.image_name(row) for split in (splits.train, splits.test) for row in range(len(split))}
     assert len(names) == 101
-    again = load_splits(tmp_path / "own", test_fraction=None)
+    again = load_splits(tmp_path / "own", test_fraction=None, validation_fraction=0)
     assert [again.test.image_name(row) for row in range(11)] == [splits.test.image_name(row) for row in range(11)]
-    other = load_splits(tmp_path / "own", test_fraction=None, seed=1)
+    other = load_splits(tmp_path / "own", test_fraction=None, validation_fraction=0, seed=1)
     assert [other.test.image_name(row) for row in range(11)] != [splits.test.image_name(row) for row in range(11)]
 
 
@@ -557,3 +557,10 @@ def test_a_test_split_that_exists_or_is_not_wanted_is_left_alone(tmp_path):
     assert load_splits(tmp_path / "data" / "train", test_fraction=0).test is None
     with pytest.raises(ValueError, match="test_fraction is 1.0"):
         load_splits("digits", test_fraction=1.0)
+
+
+def test_validation_comes_before_test_where_a_class_has_two_images(tmp_path):
+    make_folder(tmp_path, {"owl": 2, "fox": 2})
+    splits = load_splits(tmp_path, test_fraction=None)
+    assert splits.test is None
+    assert len(splits.validation) == len(splits.train) == 2

@@ -38,6 +38,11 @@ def errors_in_one_line(*programs: str) -> Iterator[None]:
     except KeyboardInterrupt as error:
         raise SystemExit(130) from error
     except Exception as error:
+        if _is_out_of_memory(error):
+            raise SystemExit(
+                f"error: Memory ran out ({str(error).splitlines()[0]}). Set --eval_batch_size (128) or "
+                "--phase_a_micro_batch_size lower, or free memory."
+            ) from error
         if not (isinstance(error, OSError) or _raised_on_purpose(error, programs)):
             raise
         raise SystemExit(f"error: {_message(error)}") from error
@@ -51,6 +56,12 @@ def _raised_on_purpose(error: Exception, programs: tuple[str, ...]) -> bool:
     file = Path(origin.filename).resolve()
     ours = _PACKAGE in file.parents or file in [Path(program).resolve() for program in programs]
     return ours and (origin.line or "").startswith("raise ")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether torch or Python found no memory; torch is not imported for it."""
+    is_torchs = type(error).__module__.startswith("torch") and type(error).__name__ == "OutOfMemoryError"
+    return is_torchs or isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def _message(error: Exception) -> str:

@@ -175,7 +175,9 @@ def run(arguments: Arguments) -> None:
     stages = {"before training": trainer.predict(dataset[split], split)}
     trainer.train_phase_a()
     stages["phase A"] = trainer.predict(dataset[split], split)
-    trainer.train_phase_b()
+    phase_b = trainer.train_phase_b()
+    if trainer.accelerator.is_main_process:
+        print(_phase_b_line(phase_b), flush=True)
     stages["phase B"] = trainer.predict(dataset[split], split)
 
     results = trainer.save_results(stages, dataset[split])
@@ -188,6 +190,17 @@ def run(arguments: Arguments) -> None:
         if address is not None:
             print(f"Pushed to {address}")
     trainer.accelerator.end_training()
+
+
+def _phase_b_line(result: Any) -> str:
+    """What phase B did, as its seconds show no progress bar."""
+    if not result.steps:
+        return "Phase B: left out"
+    line = f"Phase B: {result.steps} steps in {result.seconds:.1f} s"
+    if result.validation is None:
+        return line
+    before, after = (100 * value["mean_class"] for value in (result.history[0], result.validation))
+    return f"{line}, mean-class validation accuracy from {before:.1f}% to {after:.1f}% (epoch {result.best_epoch})"
 
 
 def _parser() -> OptionParser:

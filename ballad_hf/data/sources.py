@@ -88,7 +88,7 @@ def load_image_dataset(
         validation_fraction: fraction of each class held out where there is no validation split; at least one image
             of each class that has two, never the last. 0 trains on all images, without validation.
         test_fraction: fraction of all images held out for the test split where there is none, as many of each class
-            as the tail allows: at most a quarter of a class, but at least one image of each class that has two.
+            as the tail allows: at most a quarter of a class, and never the images that training and validation need.
             Default: 0.1 for an image folder, else 0.
         imbalance_factor: make the training split long-tailed: largest class over smallest; the digits have 50.
         profile: shape of that tail, see `long_tailed_counts`.
@@ -141,7 +141,8 @@ def load_image_dataset(
     if test_fraction is None:
         test_fraction = _TEST_FRACTION if raw.is_image_folder else 0.0
     if "test" not in splits and test_fraction > 0:
-        held_out = _balanced_test(train, test_fraction, seed)
+        validates = "validation" not in splits and validation_fraction > 0
+        held_out = _balanced_test(train, test_fraction, 2 if validates else 1, seed)
         rows = np.setdiff1d(rows, held_out)
         if len(held_out):
             splits["test"] = splits["train"].select(held_out)
@@ -462,11 +463,11 @@ def _hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarra
     return np.setdiff1d(np.arange(len(labels)), validation), validation
 
 
-def _balanced_test(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Rows for a test split: equally many of each class, fewer where a class has few, never its last image."""
+def _balanced_test(labels: np.ndarray, fraction: float, kept: int, seed: int) -> np.ndarray:
+    """Rows for a test split: equally many of each class, fewer where a class has few, never its last `kept` images."""
     index, rng = ClassIndex(labels), np.random.default_rng(_seed(seed, _TEST))
     most = np.maximum(1, (index.counts * max(_MOST_OF_A_CLASS, fraction)).astype(np.int64))  # (occurring classes,)
-    most = np.minimum(most, index.counts - 1)
+    most = np.maximum(0, np.minimum(most, index.counts - kept))
     wanted = min(round(fraction * len(labels)), int(most.sum()))
     each = 1
     while np.minimum(most, each).sum() < wanted:

@@ -20,11 +20,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers.utils import logging
 
 from .checkpoints import random_state, restore_random_state
 from .collectives import gather_rows
 from .losses import ClassificationLoss, contrastive_loss
 from .towers import ClassTexts, TextShare, TowerFeatures, class_embeddings
+
+
+logger = logging.get_logger(__name__)
+
+# A prompt of ten tokens needs a small part of the memory of an image of 200 patches.
+PROMPTS_PER_IMAGE = 8
+
+
+class OutOfMemoryError(RuntimeError):
+    """Memory ran out, and a smaller micro-batch is no remedy; the message names one."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no memory, on a device or on the CPU.
+
+    Example:
+
+    >>> from ballad_hf.training.cached_gradients import is_out_of_memory
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."))
+    True
+    """
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 @dataclass
@@ -97,7 +121,25 @@ class StepGradients:
 
         Returns:
             The loss, detached: of the global batch where it couples the batch, else of this process's part.
+
+        Where memory runs out, the micro-batch is halved for good and the step is taken again from its start.
+
+        Raises:
+            OutOfMemoryError: a micro-batch of one does not fit either, or the batch must not be split.
         """
+        state = random_state()
+        while True:
+            try:
+                return self._step(pixel_values, batch_labels)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(len(pixel_values), error)
+            # After the `except`, whose traceback holds the activations.
+            self._forget_gradients(pixel_values.device)
+            restore_random_state(state)
+
+    def _step(self, pixel_values: torch.Tensor, batch_labels: torch.Tensor) -> torch.Tensor:
         classes = self.objective.classes(batch_labels, self.num_classes)
         share = None if self.texts is None else self.texts.share(classes)
         columns = classes.to(pixel_values.device)
@@ -114,6 +156,35 @@ class StepGradients:
         if self.objective.couples_batch:
             return self._cached(pieces, labels, columns, share)
         return self._added_up(pieces, labels, columns, share)
+
+    def _halve(self, count: int, error: RuntimeError) -> None:
+        """Halve the micro-batch, and the prompts of a forward pass with it."""
+        size = min(count, self.micro_batch_size or count)
+        if self.accelerator.num_processes > 1:
+            raise OutOfMemoryError(
+                f"Memory ran out with {size} images in a forward pass of each process: set --phase_a_micro_batch_size "
+                f"(micro_batch_size) to {max(1, size // 2)}."
+            ) from error
+        if any(isinstance(module, _BatchNorm) and module.training for module in self.towers.modules()):
+            raise OutOfMemoryError(
+                f"Memory ran out with a batch of {count} images, which batch_norm='train' needs at once: set "
+                f"--phase_a_batch_size to {max(1, count // 2)}, or --phase_a_batch_norm to frozen."
+            ) from error
+        if size == 1:
+            raise OutOfMemoryError(
+                "Memory ran out with one image in a forward pass: set --phase_a_activation_checkpointing, "
+                "--phase_a_train to image or projections, or --preset quick, which leaves phase A out; or free memory."
+            ) from error
+        self.micro_batch_size = size // 2
+        if self.texts is not None:
+            self.texts.set_piece(PROMPTS_PER_IMAGE * self.micro_batch_size)
+        logger.warning(f"Memory ran out with {size} images in a forward pass: from here on it is {size // 2}.")
+
+    def _forget_gradients(self, device: torch.device) -> None:
+        for parameter in self.towers.parameters():
+            parameter.grad = None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _at_once(self, pixel_values, labels, columns, share: TextShare | None) -> torch.Tensor:
         features = self.towers(pixel_values, **({} if share is None else share.pieces[0]))

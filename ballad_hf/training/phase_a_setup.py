@@ -24,7 +24,7 @@ from ..data.prompts import ClassPrompts
 from ..data.samplers import build_sampler
 from ..data.transforms import CropSchedule, evaluation_transform, train_transform
 from .arguments import PhaseAArguments
-from .cached_gradients import Objective, StepGradients
+from .cached_gradients import PROMPTS_PER_IMAGE, Objective, StepGradients
 from .ema import WeightAverage
 from .lora import LowRankUpdates
 from .losses import build_classification_loss
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from ..models.modeling_ballad import BalladForImageClassification
 
 logger = logging.get_logger(__name__)
-
-# A prompt of ten tokens needs a small part of the memory of an image of 200 patches.
-_PROMPTS_PER_IMAGE = 8
 
 
 @dataclass
@@ -152,7 +149,7 @@ def set_up_phase_a(
         prompts,
         accelerator.process_index,
         accelerator.num_processes,
-        None if args.micro_batch_size is None else _PROMPTS_PER_IMAGE * args.micro_batch_size,
+        None if args.micro_batch_size is None else PROMPTS_PER_IMAGE * args.micro_batch_size,
         accelerator.device,
     )
     towers.eval()

@@ -146,6 +146,11 @@ class ClassTexts:
             self._all = share
         return share
 
+    def set_piece(self, piece: int) -> None:
+        """Change the number of prompts in one forward pass."""
+        self.piece = piece
+        self._all = None
+
     @torch.no_grad()
     def keep_pooled(self, clip: PreTrainedModel) -> None:
         """Run the text tower over all prompts once and keep what its projection takes; for a frozen tower."""

@@ -27,7 +27,7 @@ from ..features.table import FeatureTable
 from ..hub.model_card import render_model_card
 from ..hub.model_directory import save_model_directory
 from ..hub.push import CheckpointPusher, check_push, push_model_directory
-from .arguments import BalladTrainingArguments
+from .arguments import BalladTrainingArguments, PhaseAArguments
 from .callbacks import TrainingEvents
 from .phase_a import train_phase_a
 from .phase_a_state import PhaseAResult
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from ..models.modeling_ballad import BalladForImageClassification
 
 logger = logging.get_logger(__name__)
+
+_SCRATCH_RATE = 1e-3  # of SGD: less is for pretrained weights
 
 
 class BalladTrainOutput(NamedTuple):
@@ -160,6 +162,7 @@ class BalladTrainer:
             self.processing_class.image_processor,
             batch_size=args.phase_a.batch_size if args.phase_a.epochs else None,
         )
+        _warn_of_gentle_settings(self.model, args.phase_a)
         self._is_prepared = True
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> BalladTrainOutput:
@@ -436,6 +439,16 @@ class _PushCheckpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, checkpoint: Path, **kwargs: Any) -> None:
         self.pusher.submit(checkpoint)
+
+
+def _warn_of_gentle_settings(model: BalladForImageClassification, args: PhaseAArguments) -> None:
+    """Random weights do not learn at a learning rate that is meant to preserve a pretraining."""
+    is_gentle = args.optimizer == "sgd" and args.learning_rate < _SCRATCH_RATE
+    if model.pretrained is False and args.epochs and is_gentle:
+        logger.warning(
+            f"The towers have random weights, and SGD at a learning rate of {args.learning_rate:g} hardly changes "
+            "them: use optimizer='adamw' with learning_rate=1.5e-3, as plan_training and the recipe 'digits' do."
+        )
 
 
 def _reporting_callbacks(report_to: Sequence[str]) -> list[TrainerCallback]:
