@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from ballad_hf import ClassAwareSampler, FeatureTable, train_phase_b
 from ballad_hf.data.long_tail import long_tailed_counts
 from ballad_hf.data.samplers import ClassWeightSampler, EpochSampler, InstanceSampler
 from ballad_hf.features.extraction import extract_features
+from ballad_hf.training import phase_b
 from ballad_hf.training.arguments import PhaseBArguments
 from ballad_hf.training.losses import NonFiniteLossError
 from ballad_hf.training.phase_b import (
+    AdapterTraining,
     TableBatches,
     _occurrence,
     adapter_start,
@@ -137,6 +140,37 @@ def test_it_learns_what_the_towers_got_wrong(tiny_ballad):
     assert [entry["epoch"] for entry in result.history] == list(range(11))
 
 
+@pytest.mark.parametrize(
+    ("scores", "images_per_class", "kept"),
+    [
+        # Ten classes with one image: the standard error at 0.8 is sqrt(0.8 * 0.2 * 10) / 10 = 0.126.
+        ([0.8, 0.7, 0.6], 1, 1),
+        ([0.8, 0.7, 0.68], 1, 2),
+        ([0.5, 0.8, 0.7, 0.6], 1, 2),
+        # With 100 images it is 0.013.
+        ([0.8, 0.7, 0.68], 100, 0),
+        ([0.8, 0.81, 0.80], 100, 2),
+        ([0.8, 0.83, 0.80], 100, 1),
+    ],
+)
+def test_the_latest_epoch_within_the_error_of_the_highest_is_kept(
+    tiny_ballad, monkeypatch, scores, images_per_class, kept
+):
+    table = table_for(tiny_ballad)
+    eval_table = FeatureTable(
+        torch.ones(10 * images_per_class, 16), list(range(10)) * images_per_class, torch.eye(10, 16)
+    )
+    training = AdapterTraining(
+        torch.eye(16), 0.2, 10.0, TableBatches(table, shuffled(table.rows), 8), PhaseBArguments()
+    )
+    for epoch, score in enumerate(scores):
+        accuracies = SimpleNamespace(of=lambda score=score: {"mean_class": score})
+        monkeypatch.setattr(phase_b, "adapter_accuracies", lambda *args, found=accuracies: found)
+        training.epoch = epoch
+        training.evaluate(eval_table)
+    assert (training.best.epoch, training.best.score) == (kept, scores[kept])
+
+
 def test_without_validation_the_last_epoch_is_kept_and_said(tiny_ballad, caplog):
     """Even where validation would have kept the start, as in the test below."""
     table = table_for(tiny_ballad)
@@ -155,7 +189,7 @@ def test_a_start_that_nothing_beats_is_kept(tiny_ballad):
         tiny_ballad.adapter.linear.weight.copy_(torch.eye(16))
     result = train_phase_b(tiny_ballad, backwards, PhaseBArguments(learning_rate=5.0), eval_table=right)
     assert result.best_epoch == 0
-    assert result.validation["mean_class"] == 1.0
+    assert result.validation["mean_class"] == 1.0  # without an error of its own, so that only as good is good enough
     assert torch.equal(weight_of(tiny_ballad), torch.eye(16))
     assert not torch.equal(before, torch.eye(16))
 

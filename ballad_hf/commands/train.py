@@ -140,12 +140,14 @@ def run(arguments: Arguments) -> None:
     from .. import BalladForImageClassification, BalladTrainer, load_image_dataset
     from ..conversion.dual_encoders import check_source
     from ..evaluation.summary import metrics_table, verdict
-    from ..training.plan import TimeBudget, plan_training
+    from ..training.plan import TimeBudget, choose_image_size, plan_training
 
     args = arguments.training
     set_seed(args.seed)
     check_source(arguments.model.model, arguments.model.model_revision)
     dataset = load_image_dataset(**vars(arguments.data), seed=args.seed)
+    if arguments.model.model == "lite" and arguments.model.image_size is None:
+        arguments.model.image_size = choose_image_size(dataset["train"])
     model = BalladForImageClassification.from_clip(
         arguments.model.model, dataset=dataset["train"], seed=args.seed, **arguments.model.from_clip_options()
     )

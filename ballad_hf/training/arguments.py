@@ -88,6 +88,7 @@ class ModelArguments:
         },
     )
     model_revision: str | None = _option("branch, tag or commit of a checkpoint on the Hub")
+    image_size: int | None = _option("side of the images in pixels, for a tower of any size ('lite')")
     adapter_ratio: float = _option("weight of the adapted against the original feature, from 0 to 1", 0.2)
     adapter_init: Literal["identity", "random"] = _option(
         "initialization of the adapter; the official code uses 'random'", "identity"
@@ -104,10 +105,17 @@ class ModelArguments:
             raise ValueError(
                 f"adapter_ratio is {self.adapter_ratio}: choose a number from 0 to 1; the paper uses 0.2."
             )
+        if self.image_size is not None and (self.image_size < 32 or self.model != "lite"):
+            raise ValueError(
+                f"image_size is {self.image_size}, and the model is {self.model!r}: give 32 or more, and only with a "
+                "tower that takes any size, such as 'lite'."
+            )
 
     def from_clip_options(self) -> dict[str, Any]:
         """Keyword arguments of `BalladForImageClassification.from_clip`, besides the name in `model`."""
         options = {name: value for name, value in vars(self).items() if name not in ("model", "model_revision")}
+        if options["image_size"] is None:
+            del options["image_size"]
         return options | ({} if self.model_revision is None else {"revision": self.model_revision})
 
 

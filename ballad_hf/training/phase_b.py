@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,8 +79,8 @@ def train_phase_b(
         model: its adapter, ratio and scale are the start; everything else stays as it is.
         table: features of the training split, from this model's image tower.
         args: see [`PhaseBArguments`]; the defaults are the official hyper-parameters.
-        eval_table: features of the validation split. With it, the epoch of the best mean-class accuracy is kept, the
-            start included: phase B can't leave the model worse than it was. Without, the last epoch is.
+        eval_table: features of the validation split. With it, the latest epoch is kept whose mean-class accuracy is
+            within one standard error of the highest, the start included. Without, the last epoch is.
         seed: of the sampler and of a random start. The same seed gives the same bits on the same machine.
         device: where to train; default: the model's.
         callbacks: `TrainerCallback`s of transformers. A phase that they stop ends after the current epoch.
@@ -151,20 +151,30 @@ def train_phase_b(
                 events.evaluated(accuracies, "mean_class")
             if events.control.should_training_stop:
                 break
-    if args.epochs and training.best_epoch == 0:
-        logger.warning("No phase B epoch improved validation accuracy, so the initial adapter was kept.")
+    best = training.best
+    if args.epochs and best.epoch == 0:
+        logger.warning("Every epoch of phase B lowered validation accuracy, so the initial adapter was kept.")
     if args.epochs and eval_table is None:
         logger.warning("There is no validation table: phase B keeps the adapter of its last epoch.")
-    apply_adapter(model, training.best_weight, table)
+    apply_adapter(model, best.weight, table)
     if events is not callbacks:
         events.end()
-    result.best_epoch, result.validation = training.best_epoch, training.best_accuracies
+    result.best_epoch, result.validation = best.epoch, best.accuracies
     result.seconds = time.perf_counter() - started
     return result
 
 
+class _Candidate(NamedTuple):
+    """The adapter after an epoch; 0 is the start."""
+
+    epoch: int
+    score: float
+    accuracies: dict[str, float | None] | None
+    weight: torch.Tensor  # (dim, dim)
+
+
 class AdapterTraining:
-    """One adapter in training: its weight and optimizer, and the best of its epochs so far.
+    """One adapter in training: its weight and optimizer, and the epochs that may be kept.
 
     Args:
         weight: (dim, dim) start; copied.
@@ -187,9 +197,8 @@ class AdapterTraining:
             momentum=args.momentum,
             weight_decay=args.weight_decay,
         )
-        self.best_epoch = 0
-        self.best_weight = self.weight.detach().clone()
-        self.best_accuracies: dict[str, float | None] | None = None
+        self._candidates: list[_Candidate] = []  # rising epochs, falling scores
+        self._noise = 0.0  # standard error of the mean-class accuracy p, over sqrt(p * (1 - p))
 
     @property
     def learning_rate(self) -> float:
@@ -226,27 +235,39 @@ class AdapterTraining:
         return torch.stack(losses).mean().item()
 
     def evaluate(self, eval_table: FeatureTable | None) -> dict[str, float | None] | None:
-        """Accuracies on a validation table; the best epoch by mean-class accuracy is remembered.
-
-        Without a table, the last epoch is.
-        """
-        accuracies = None
+        """Accuracies on a validation table; the epoch becomes a candidate for [`best`]."""
+        accuracies, score = None, math.inf
         if eval_table is not None:
             accuracies = adapter_accuracies(
                 eval_table, self.weight.detach(), self.ratio, self.batches.table.class_counts
             ).of()
-        score = math.inf if accuracies is None else accuracies["mean_class"]
-        assert score is not None  # only a table without rows has no mean
-        if self.epoch == 0 or score > self.best_score:
-            self.best_epoch, self.best_accuracies = self.epoch, accuracies
-            self.best_weight = self.weight.detach().clone()
+            mean_class = accuracies["mean_class"]
+            assert mean_class is not None  # only a table without rows has no mean
+            score = mean_class
+            images = eval_table.labels.bincount()
+            images = images[images > 0].double()  # (classes with images,)
+            self._noise = images.reciprocal().sum().sqrt().item() / len(images)
+        # A later epoch that is no worse is preferred in any case, so the earlier one is dropped.
+        while self._candidates and self._candidates[-1].score <= score:
+            self._candidates.pop()
+        self._candidates.append(_Candidate(self.epoch, score, accuracies, self.weight.detach().clone()))
+        lowest = self._lowest_score()
+        self._candidates = [candidate for candidate in self._candidates if candidate.score >= lowest]
         return accuracies
 
     @property
-    def best_score(self) -> float:
-        """Mean-class accuracy of the best epoch."""
-        score = None if self.best_accuracies is None else self.best_accuracies["mean_class"]
-        return -math.inf if score is None else score
+    def best(self) -> _Candidate:
+        """The latest epoch whose mean-class accuracy is within one standard error of the highest.
+
+        The learning rate is annealed, so later adapters have learned more of the balanced data; on a few validation
+        images per class the highest score is mostly luck, and would often be that of the start. Without a validation
+        table, the last epoch.
+        """
+        return self._candidates[-1]
+
+    def _lowest_score(self) -> float:
+        highest = self._candidates[0].score
+        return highest if math.isinf(highest) else highest - self._noise * math.sqrt(highest * (1 - highest))
 
     def _schedule_factor(self, step: int) -> float:
         steps = self.batches.steps

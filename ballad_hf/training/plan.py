@@ -46,7 +46,7 @@ SCRATCH: Settings = {
 }
 # An image classifier joined to a sentence encoder: only the image tower learns, and the prompts hold their place.
 JOINED: Settings = {
-    "phase_a_epochs": 4,
+    "phase_a_epochs": 5,
     "phase_a_batch_size": 64,
     "phase_a_loss": "class_prompt",
     "phase_a_train": "image",
@@ -55,6 +55,8 @@ JOINED: Settings = {
     "phase_a_weight_decay": 0.05,
     "phase_a_warmup_epochs": 0.2,
     "phase_a_max_grad_norm": 1.0,
+    "phase_b_sampler": "power",
+    "phase_b_loss": "logit_adjustment",
 }
 # A dual encoder trained on image-text pairs: the paper's loss, optimizer and rate, in fewer epochs.
 GENTLE: Settings = {
@@ -65,6 +67,7 @@ GENTLE: Settings = {
     "phase_a_learning_rate": 1e-5,
 }
 
+_SMALL_IMAGE = 64  # pixels; more resolution than 96 costs time and shows nothing new
 _STEPS_PER_EPOCH = 4  # at least, on small data
 _SOFT_LIMIT = 3600.0  # seconds of a plan without a budget
 _BUDGET_EPOCHS = 3  # a budget may multiply the epochs by this much; more would not help
@@ -562,6 +565,18 @@ def _phase_a_line(args: PhaseAArguments, estimate: _Estimate) -> str:
 def _listed(splits: Mapping[str, int]) -> str:
     shown = [f"{images:,} {name}" for name, images in splits.items() if images]
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def choose_image_size(train_dataset: Any) -> int:
+    """Side of the images in pixels for a tower that takes any size: 96 for small images, else 128.
+
+    Args:
+        train_dataset: the training images; twenty of them are looked at.
+    """
+    images = as_image_dataset(train_dataset)
+    rows = np.linspace(0, len(images) - 1, min(20, len(images))).astype(int)
+    sides = [min(images.image(int(row)).size) for row in rows]
+    return 96 if np.median(sides) <= _SMALL_IMAGE else 128
 
 
 def _typical_size(train: ImageDataset) -> str:

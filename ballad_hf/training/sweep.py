@@ -280,13 +280,13 @@ def _train_epoch(
 
 def _evaluate(trial: Trial, training: AdapterTraining, eval_table: FeatureTable) -> None:
     training.evaluate(eval_table)
-    trial.weight, trial.best_epoch = training.best_weight, training.best_epoch
-    trial.accuracies = dict(training.best_accuracies or {})
+    best = training.best
+    trial.weight, trial.best_epoch, trial.accuracies = best.weight, best.epoch, dict(best.accuracies or {})
 
 
 def _stronger_half(running: list[tuple[Trial, AdapterTraining]]) -> list[tuple[Trial, AdapterTraining]]:
     """The better half by validation, in the order of the grid; ties go to the earlier setting."""
-    ranked = sorted(range(len(running)), key=lambda index: -running[index][1].best_score)
+    ranked = sorted(range(len(running)), key=lambda index: -running[index][1].best.score)
     kept = ranked[: max(_MIN_FINISHED, -(-len(running) // 2))]
     return [running[index] for index in sorted(kept)]
 
