@@ -129,7 +129,7 @@ def test_there_is_a_recipe_for_every_row():
 @pytest.mark.parametrize("recipe", EXPECTED)
 def test_a_recipe_says_what_its_row_needs_and_nothing_else(recipe):
     arguments = read(recipe)
-    wanted = parse_arguments([]).to_dict() | EXPECTED[recipe] | {"output_dir": f"outputs/{recipe}", "run_name": recipe}
+    wanted = parse_arguments([]).to_dict() | EXPECTED[recipe] | {"output_dir": f"outputs/{recipe}"}
     assert arguments.to_dict() == wanted
 
 
