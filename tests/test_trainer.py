@@ -220,3 +220,13 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_training(model, enco
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     with pytest.raises(ImportError, match="report_to names 'wandb', which is not installed"):
         BalladTrainer(model, arguments(tmp_path, report_to="wandb"), processing_class=encoder)
+
+
+def test_random_weights_with_a_gentle_learning_rate_are_warned_of(model, encoder, train_dataset, tmp_path, caplog):
+    model.pretrained = False
+    gentle = arguments(tmp_path / "run", phase_a={"optimizer": "sgd", "learning_rate": 1e-5})
+    BalladTrainer(model, gentle, train_dataset, None, encoder).prepare()
+    assert "learning rate of 1e-05 hardly changes them" in caplog.text
+    caplog.clear()
+    BalladTrainer(model, arguments(tmp_path / "other"), train_dataset, None, encoder).prepare()
+    assert "hardly changes them" not in caplog.text

@@ -537,6 +537,7 @@ def _lines(
     device = f"{machine.name}, {machine.cores} cores, {_size(machine.free_bytes)} free"
     if machine.processes > 1:
         device = f"{machine.processes} x {device}"
+    of_phase_a = f", phase A {_duration(estimate.phase_a)}" if estimate.steps else ""
     limit = "" if time_budget is None else f" (budget {_duration(time_budget)})"
     return {
         "data": f"{_listed(splits)} images of about {_typical_size(train)} pixels",
@@ -546,7 +547,7 @@ def _lines(
         "device": f"{device}, {'float32' if precision == 'no' else precision}, {args.num_workers} workers",
         "phase A": _phase_a_line(args.phase_a, estimate),
         "phase B": f"{args.phase_b.epochs} epochs, {args.phase_b.loss}, {args.phase_b.sampler} sampling",
-        "time": f"about {_duration(estimate.phase_a + estimate.around)}, phase A {_duration(estimate.phase_a)}{limit}",
+        "time": f"about {_duration(estimate.phase_a + estimate.around)}{of_phase_a}{limit}",
         "memory": f"about {_size(estimate.memory_bytes)}",
     }
 
