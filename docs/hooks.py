@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 log = logging.getLogger("mkdocs.plugins.ballad_hf")
 _PUBLIC = re.compile(r"^::: public names of ballad_hf\.(?P<package>\w+)$", flags=re.MULTILINE)
-_OUTSIDE = re.compile(r"\]\(\.\./(?P<path>(?!\.\.)[\w./-]+)")
+# A link from a page of docs/ to a file beside docs/; on the pages of the reference, ../ is docs/ itself.
+_OUTSIDE = re.compile(r"\[(?P<text>[^\]\n]+)\]\(\.\./(?P<path>(?!\.\.)[\w./-]+)(?P<anchor>#[\w-]+)?\)")
 
 
 def on_config(config):
@@ -28,10 +29,13 @@ def on_config(config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """List the public names of a package, and send links to files outside of the site to the repository."""
+    """List the public names of a package, and send links to files outside of the site to the repository.
+
+    Where setup.cfg names no repository, such a link becomes its text.
+    """
     markdown = _PUBLIC.sub(lambda line: "\n\n".join(f"::: {name}" for name in public_names(line["package"])), markdown)
-    if page.file.src_uri.count("/") == 0 and config.repo_url:
-        markdown = _OUTSIDE.sub(lambda link: f"]({_address(config.repo_url, link['path'])}", markdown)
+    if "/" not in page.file.src_uri:
+        markdown = _OUTSIDE.sub(lambda link: outside_link(link, config.repo_url), markdown)
     return markdown
 
 
@@ -61,8 +65,12 @@ def public_names(package: str) -> list[str]:
     return names
 
 
-def _address(repository: str, path: str) -> str:
-    path = path.rstrip("/")
-    if not (ROOT / path).exists():
-        log.warning(f"A page links ../{path}, which does not exist.")
-    return f"{repository}/{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}"
+def outside_link(link: re.Match[str], repository: str | None) -> str:
+    """The link to a file of the repository, which has to exist."""
+    path = ROOT / link["path"]
+    if not path.exists():
+        log.warning(f"A page links ../{link['path']}, which does not exist.")
+    if repository is None:
+        return link["text"]
+    kind = "tree" if path.is_dir() else "blob"
+    return f"[{link['text']}]({repository}/{kind}/main/{link['path'].rstrip('/')}{link['anchor'] or ''})"

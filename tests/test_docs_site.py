@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -54,6 +55,8 @@ def test_every_page_is_in_the_navigation():
 
 def test_the_repository_is_named_in_the_metadata_only():
     url = module_of("hooks").project_url()
+    if url is None:
+        pytest.skip("setup.cfg names no project URL")
     assert url.startswith("https://")
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode != 0:
@@ -61,6 +64,28 @@ def test_the_repository_is_named_in_the_metadata_only():
     files = [ROOT / file for file in tracked.stdout.split() if not file.endswith((".png", ".safetensors", ".npz"))]
     naming = {file.name for file in files if file.is_file() and url.encode() in file.read_bytes()}
     assert naming <= {"setup.cfg", "README.md"}
+
+
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ("[code](../setup.cfg)", "[code](https://example.com/r/blob/main/setup.cfg)"),
+        ("[`all`](../tests/)", "[`all`](https://example.com/r/tree/main/tests)"),
+        ("[x](../README.md#licence)", "[x](https://example.com/r/blob/main/README.md#licence)"),
+        ("[page](training.md)", "[page](training.md)"),
+    ],
+)
+def test_links_to_files_beside_the_docs_go_to_the_repository_or_become_text(link, expected):
+    hooks = module_of("hooks")
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    for url, shown in (("https://example.com/r", expected), (None, re.sub(r"\[(.*)\]\(\.\./.*\)", r"\1", link))):
+        assert hooks.on_page_markdown(link, page, SimpleNamespace(repo_url=url), None) == shown
+
+
+def test_a_link_to_a_missing_file_is_a_warning(caplog):
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    module_of("hooks").on_page_markdown("[x](../gone.py)", page, SimpleNamespace(repo_url=None), None)
+    assert "../gone.py" in caplog.text
 
 
 def test_doctests_become_code_without_directives():
