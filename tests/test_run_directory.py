@@ -11,7 +11,7 @@ from ballad_hf.training.run_directory import claim_run_directory
 def test_a_new_folder_gets_the_arguments_in_the_form_that_config_reads(tmp_path):
     arguments = parse_arguments(["--dataset", "mine", "--seed", "7"])
     folder = claim_run_directory(tmp_path / "a" / "b", arguments.to_dict())
-    assert parse_arguments(["--config", str(folder / "arguments.yaml")]) == arguments
+    assert parse_arguments(["--config", str(folder / "arguments.yaml")]).to_dict() == arguments.to_dict()
 
 
 def test_another_run_is_not_touched(tmp_path):

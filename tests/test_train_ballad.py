@@ -151,7 +151,7 @@ def test_all_images_are_trained_on_where_nothing_is_held_out(picture_folder, tmp
     options = ["--model_name_or_path", "tiny", "--validation_fraction", "0", "--output_dir", str(tmp_path / "run")]
     options += [*QUICK, "--phase_a_batch_size", "4", "--phase_b_batch_size", "4", "--mixed_precision", "no"]
     with pytest.raises(ValueError, match="no test split, and validation_fraction 0"):
-        main(["--dataset", str(picture_folder), *options])
+        main(["--dataset", str(picture_folder), "--test_fraction", "0", *options])
     for split in ("train", "test"):
         shutil.copytree(picture_folder, tmp_path / "splits" / split)
     main(["--dataset", str(tmp_path / "splits"), *options, "--overwrite_output_dir", "true"])
