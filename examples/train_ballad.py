@@ -49,7 +49,9 @@ def main(command_line: list[str]) -> None:
         print(f"\nAccuracy on {len(dataset[split])} {split} images, in percent\n\n{metrics_table(results)}\n")
         print("\n\n".join([*verdict(results), USE_IT.format(folder=folder)]))
     if args.push_to_hub:
-        print(f"Pushed to {trainer.push_to_hub()}")
+        address = trainer.push_to_hub()
+        if address is not None:  # the main process
+            print(f"Pushed to {address}")
     trainer.accelerator.end_training()
 
 

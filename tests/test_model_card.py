@@ -26,7 +26,7 @@ from .conftest import load_splits
 
 COUNTS = [500, 120, 50, 19, 3]
 ARGUMENTS = {
-    "model_name_or_path": "openai/clip-vit-base-patch16",
+    "model": "openai/clip-vit-base-patch16",
     "dataset": "someone/pets-lt",
     "output_dir": "/home/me/secret/pets",
     "phase_a_epochs": 50,
@@ -58,7 +58,7 @@ def test_metadata_claims_the_last_stage_and_nothing_else(tiny_ballad, results, t
     card = _card(tiny_ballad, results, base_license="mit", examples={"A cat": "cat.jpg"})
     card.save(tmp_path / "README.md")
     data = ModelCard.load(tmp_path / "README.md").data
-    assert (data.license, data.base_model, data.datasets) == ("mit", ARGUMENTS["model_name_or_path"], [
+    assert (data.license, data.base_model, data.datasets) == ("mit", ARGUMENTS["model"], [
         "someone/pets-lt"
     ])  # fmt: skip
     assert (data.library_name, data.pipeline_tag, data.model_name) == ("transformers", "image-classification", "pets")
@@ -153,7 +153,7 @@ def test_the_name_of_the_data_can_not_break_the_page(tiny_ballad, results, name)
 
 
 def test_relative_paths_stay_private(tiny_ballad, results):
-    arguments = ARGUMENTS | {"dataset": "../home_of_alice/birds", "model_name_or_path": "../home_of_alice/clip"}
+    arguments = ARGUMENTS | {"dataset": "../home_of_alice/birds", "model": "../home_of_alice/clip"}
     card = _card(tiny_ballad, results, arguments=arguments)
     assert "alice" not in str(card)
     assert "dataset: birds" in str(card)
@@ -238,7 +238,7 @@ def test_thresholds_splits_and_plots_are_those_of_the_run(tiny_ballad):
 
 
 def test_from_random_weights_there_is_no_other_license(tiny_ballad, results):
-    text = str(_card(tiny_ballad, results, arguments={"model_name_or_path": "tiny"}))
+    text = str(_card(tiny_ballad, results, arguments={"model": "tiny"}))
     assert "no other model's license applies" in text
     assert "from the web" not in text
     assert "whose license applies to them too" in str(_card(tiny_ballad, results))
@@ -246,7 +246,7 @@ def test_from_random_weights_there_is_no_other_license(tiny_ballad, results):
 
 def test_license_of_a_local_base_model_is_read_from_its_card(tiny_ballad, results, tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# base\n")
-    card = _card(tiny_ballad, results, arguments={"model_name_or_path": str(tmp_path)})
+    card = _card(tiny_ballad, results, arguments={"model": str(tmp_path)})
     assert card.data.license == "apache-2.0"
     assert "keep its license, `apache-2.0`" in str(card)
 
@@ -336,3 +336,8 @@ def test_the_hubs_client_validates_the_card(tiny_ballad, results, tmp_path):
         server.shutdown()
         server.server_close()
     assert done.stdout.split() == ["valid", "refused"], done.stderr
+
+
+def test_the_license_of_lite_is_that_of_its_towers(tiny_ballad, results):
+    card = _card(tiny_ballad, results, arguments={"model": "lite"})
+    assert (card.data.license, card.data.base_model) == ("apache-2.0", None)

@@ -34,8 +34,10 @@ _PRIVATE = re.compile(r"output_dir|resume|cache_dir|image_root|num_workers|repor
 # Arguments whose value is a path or a Hub name.
 _PATH_ARGUMENT = re.compile(r"(^|_)(dataset|dir|root|file|path|folder|class_names)$")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Names for `model_name_or_path` that build a model from random weights instead of loading one.
+# Names for `model` that build a model from random weights instead of loading one.
 BUILT_IN_MODELS = ("tiny",)
+# Licenses of models that come without a card.
+_KNOWN_LICENSES = {"lite": "apache-2.0"}
 _PLOTS_SHOWN = {
     "accuracy_by_frequency": "Accuracy of each class over its number of training images",
     "gain_by_class": "Change in accuracy of each class, sorted by its number of training images",
@@ -71,7 +73,7 @@ def render_model_card(
         seeds: of the runs behind the results.
         model_id: repository that the card is for, such as `owner/name`; default: `hub_model_id`, else the name of
             `output_dir`.
-        base_model: Hub name of the dual encoder; default: `model_name_or_path` if that is a Hub name.
+        base_model: Hub name of the dual encoder; default: `model` if that is a Hub name.
         base_license: license identifier of the base model, which then applies to this model; default: that of the
             model card in the base model's local folder, else the card refers to the base model.
         dataset_id: Hub name of the dataset; default: `dataset` if that is a Hub name.
@@ -93,7 +95,7 @@ def render_model_card(
     >>> clip, tokenizer, _ = build_tiny_clip(layers=1)
     >>> model = BalladForImageClassification.from_dual_encoder(clip, ["cat", "dog"], tokenizer)
     >>> metrics = LongTailMetrics.from_logits([[1.0, 0.0], [0.0, 1.0]], [0, 1], train_counts=[500, 7])
-    >>> arguments = {"model_name_or_path": "openai/clip-vit-base-patch16", "output_dir": "outputs/pets"}
+    >>> arguments = {"model": "openai/clip-vit-base-patch16", "output_dir": "outputs/pets"}
     >>> card = render_model_card(model, {"phase B": metrics}, dataset_name="Pets", arguments=arguments, seeds=0)
     >>> card.data.base_model, [result.metric_name for result in card.data.eval_results][:2]
     ('openai/clip-vit-base-patch16', ['Overall accuracy', 'Mean-class accuracy'])
@@ -101,9 +103,9 @@ def render_model_card(
     if not results:
         raise ValueError("There are no results for the model card: pass the metrics of at least one stage.")
     final = list(results.values())[-1]
-    base = arguments.get("model_name_or_path")
+    base = arguments.get("model")
     base_model = base_model or _hub_id(base)
-    base_license = base_license or _local_license(base)
+    base_license = base_license or _KNOWN_LICENSES.get(str(base)) or _local_license(base)
     dataset_id = dataset_id or _hub_id(arguments.get("dataset"))
     model_id = _repo_name(model_id or arguments.get("hub_model_id") or Path(str(arguments.get("output_dir", ""))).name)
     split = final.split or "evaluation"
