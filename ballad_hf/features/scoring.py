@@ -72,7 +72,7 @@ class GroupAccuracies:
         Args:
             correct: (adapters, classes) right predictions.
             support: (classes,) rows.
-            class_counts: (classes,) training pictures, which make the shot groups.
+            class_counts: (classes,) training images, which make the shot groups.
         """
         from ..data.long_tail import ShotGroups
 
@@ -104,7 +104,7 @@ def adapter_accuracies(
         table: the rows to score.
         weights: on the device that does the work.
         ratios: one, or (adapters,).
-        class_counts: training pictures of each class, for the shot groups; default: the table's own.
+        class_counts: training images of each class, for the shot groups; default: the table's own.
     """
     stack = weights.reshape(-1, table.dim, table.dim).float()
     ratios = torch.as_tensor(ratios, dtype=torch.float32, device=stack.device).expand(len(stack))
@@ -136,7 +136,7 @@ def moved_ratio_accuracies(
         table: the rows to score; with several views, they are averaged.
         weights: (dim, dim), on the device that does the work.
         ratios: from 0 to 1.
-        class_counts: training pictures of each class, for the shot groups; default: the table's own.
+        class_counts: training images of each class, for the shot groups; default: the table's own.
 
     Returns:
         An entry for each ratio.

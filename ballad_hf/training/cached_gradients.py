@@ -2,7 +2,7 @@
 
 A batch that fits is run at once. One that does not is run in pieces:
 
-- a loss that is a mean over pictures is added up piece by piece, while the class embeddings wait as a leaf, so that
+- a loss that is a mean over images is added up piece by piece, while the class embeddings wait as a leaf, so that
   the prompts are encoded once for the batch and not once for each piece;
 - a loss that couples the batch (contrastive, LADE) takes gradient caching (Gao et al., 2021, "Scaling Deep Contrastive
   Learning Batch Size under Memory Limited Setup"): features of all pieces without gradients, the loss and its gradient
@@ -64,7 +64,7 @@ class Objective:
 
     @property
     def couples_batch(self) -> bool:
-        """Whether a picture's loss depends on the other pictures of the global batch."""
+        """Whether a image's loss depends on the other images of the global batch."""
         return self.classification is None or self.classification.couples_batch
 
     def classes(self, batch_labels: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -72,7 +72,7 @@ class Objective:
         return batch_labels.unique() if self.classification is None else torch.arange(num_classes)
 
     def __call__(self, similarity: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """The loss from scaled cosines (pictures, classes)."""
+        """The loss from scaled cosines (images, classes)."""
         if self.classification is None:
             return contrastive_loss(similarity, labels, classes)
         return self.classification(similarity, labels)
@@ -87,7 +87,7 @@ class StepGradients:
         objective: the loss.
         accelerator: of this run.
         num_classes: of the data.
-        micro_batch_size: pictures of this process in one forward pass; `None` for all.
+        micro_batch_size: images of this process in one forward pass; `None` for all.
         frozen_embeds: (classes, dim) class embeddings of a text tower that is not trained.
         image_is_trained: whether image features take gradients.
     """
@@ -116,8 +116,8 @@ class StepGradients:
         """Backward passes of one step.
 
         Args:
-            pixel_values: (pictures of this process, channels, height, width) on the device.
-            batch_labels: (pictures of all processes,) on the CPU, one process after the other.
+            pixel_values: (images of this process, channels, height, width) on the device.
+            batch_labels: (images of all processes,) on the CPU, one process after the other.
 
         Returns:
             The loss, detached: of the global batch where it couples the batch, else of this process's part.
@@ -196,7 +196,7 @@ class StepGradients:
     def _cached(self, pieces, labels, columns, share: TextShare | None) -> torch.Tensor:
         images, image_states, scale = self._image_features(pieces)
         texts, text_states = self._text_features(share)
-        image_leaf = torch.cat(images).requires_grad_()  # (pictures, dim)
+        image_leaf = torch.cat(images).requires_grad_()  # (images, dim)
         text_leaf = None if share is None else torch.cat(texts).requires_grad_()  # (prompts of the share, dim)
         loss = self._loss(image_leaf, self._text_embeds(text_leaf, columns, share), scale, labels, columns)
         self._scaled(loss).backward()  # as far as the leaves
@@ -238,7 +238,7 @@ class StepGradients:
         return total
 
     def _again(self, pieces, image_gradients, image_states, share, text_leaf, text_states, scale) -> None:
-        """Each piece with gradients, from the features' gradients down; the last pictures go with the last prompts."""
+        """Each piece with gradients, from the features' gradients down; the last images go with the last prompts."""
         after = random_state()
         texts: list = []
         text_gradients: list = []

@@ -333,7 +333,7 @@ def _loader(
         num_workers=num_workers,
         seed=seed,
     )
-    # Whole batches in turn, whatever the accelerator was told of splitting; labels and indices stay on the CPU.
+    # Whole batches in turn, whatever the accelerator is configured to split; labels and indices stay on the CPU.
     return prepare_data_loader(
         loader, num_processes=accelerator.num_processes, process_index=accelerator.process_index, rng_types=[]
     )

@@ -141,7 +141,7 @@ class PhaseACheckpoints:
         identity: see [`run_identity`].
         setup: of this run.
         accelerator: of this run.
-        events: told of each checkpoint, and saved with it.
+        events: notified of each checkpoint, and saved with it.
     """
 
     def __init__(

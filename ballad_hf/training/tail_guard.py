@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-Figures = Mapping[str, float | None]
+Metrics = Mapping[str, float | None]
 
 _POINTS = 10  # of the line, besides its start
 
@@ -30,7 +30,7 @@ class TailGuard:
 
     Args:
         mode: see `PhaseAArguments.tail_guard`.
-        zero_shot: figures before training; `None` until they are measured.
+        zero_shot: metrics before training; `None` until they are measured.
 
     Example:
 
@@ -41,20 +41,20 @@ class TailGuard:
     """
 
     mode: Literal["warn", "interpolate", "stop", "off"]
-    zero_shot: Figures | None = None
+    zero_shot: Metrics | None = None
 
-    def is_below(self, figures: Figures) -> bool:
+    def is_below(self, metrics: Metrics) -> bool:
         """Whether the few-shot group has fallen; never where there is none or the guard is off."""
         if self.mode == "off" or self.zero_shot is None:
             return False
-        before, now = self.zero_shot["few"], figures["few"]
+        before, now = self.zero_shot["few"], metrics["few"]
         return before is not None and now is not None and now < before
 
-    def warn(self, figures: Figures) -> None:
+    def warn(self, metrics: Metrics) -> None:
         """Say that the few-shot group has fallen, and what can be done."""
         assert self.zero_shot is not None
         logger.warning(
-            f"Few-shot accuracy on the validation part is {figures['few']:.1%} after phase A and was "
+            f"Few-shot accuracy on the validation split is {metrics['few']:.1%} after phase A and was "
             f"{self.zero_shot['few']:.1%} zero-shot: rare classes have lost. Set tail_guard to 'interpolate' to go "
             "back towards the pretrained weights as far as needed, train less (lower learning_rate, lora_rank=8, "
             "train='image'), or use a loss for long tails such as 'balanced_softmax'."
@@ -87,19 +87,19 @@ def weights_between(
 
 
 def best_on_the_line(
-    figures_at: Callable[[float], Figures], guard: TailGuard, metric: str
-) -> tuple[float, dict[float, Figures]]:
+    metrics_at: Callable[[float], Metrics], guard: TailGuard, metric: str
+) -> tuple[float, dict[float, Metrics]]:
     """The point of the line where the metric is highest among those whose few-shot group is not below zero-shot.
 
     Args:
-        figures_at: measures a point; asked for 0, 0.1, ..., 1.
-        guard: with the figures before training.
+        metrics_at: measures a point; asked for 0, 0.1, ..., 1.
+        guard: with the metrics before training.
         metric: name of the figure that is to be high.
 
     Returns:
-        Alpha, and the figures of every point. Of equal points the one farthest from the start is taken.
+        Alpha, and the metrics of every point. Of equal points the one farthest from the start is taken.
     """
-    points = {step / _POINTS: figures_at(step / _POINTS) for step in range(_POINTS + 1)}
-    allowed = {alpha: figures for alpha, figures in points.items() if not guard.is_below(figures)}
+    points = {step / _POINTS: metrics_at(step / _POINTS) for step in range(_POINTS + 1)}
+    allowed = {alpha: metrics for alpha, metrics in points.items() if not guard.is_below(metrics)}
     best = max(allowed or points, key=lambda alpha: (points[alpha][metric] or 0.0, alpha))
     return best, points

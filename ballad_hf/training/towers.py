@@ -1,6 +1,6 @@
 """The dual encoder as phase A trains it: one module whose one forward pass runs both towers.
 
-DDP and FSDP count on one forward for one backward; so pictures and prompts go in together.
+DDP and FSDP count on one forward for one backward; so images and prompts go in together.
 """
 
 from __future__ import annotations

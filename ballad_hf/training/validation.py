@@ -37,18 +37,18 @@ _KEPT_BYTES = 1 << 29  # pixels up to this size stay in memory from one validati
 
 
 class Validator:
-    """Scores every picture of a split against the prompts of all classes, without the adapter.
+    """Scores every image of a split against the prompts of all classes, without the adapter.
 
-    The processes share pictures and prompts. Pixels of a small split are made once.
+    The processes share images and prompts. Pixels of a small split are made once.
 
     Args:
-        split: the pictures, with an evaluation transform.
+        split: the images, with an evaluation transform.
         texts: the prompts; `None` with `frozen_embeds`.
-        class_counts: (classes,) training pictures of each class, for the shot groups.
+        class_counts: (classes,) training images of each class, for the shot groups.
         accelerator: of this run.
         frozen_embeds: (classes, dim) class embeddings of a text tower that is not trained.
-        batch_size: pictures a forward pass, on each process.
-        num_workers: processes that read pictures, for each process.
+        batch_size: images per forward pass, on each process.
+        num_workers: processes that read images, for each process.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Validator:
         batch_size: int = 128,
         num_workers: int = 0,
     ):
-        self.pictures = len(split)
+        self.num_images = len(split)
         self.texts = texts
         self.class_counts = class_counts
         self.accelerator = accelerator
@@ -76,7 +76,7 @@ class Validator:
 
     @torch.no_grad()
     def __call__(self, towers: nn.Module) -> dict[str, float | None]:
-        """The figures of `METRIC_NAMES`, the same on every process; the towers must be in evaluation mode."""
+        """The metrics named in `METRIC_NAMES`, the same on every process; the towers must be in evaluation mode."""
         class_embeds = encode_classes(towers, self.texts) if self.frozen_embeds is None else self.frozen_embeds
         mine = []
         kept: list[dict[str, torch.Tensor]] = []
@@ -93,7 +93,7 @@ class Validator:
         parts = [Predictions.concatenate(mine)]
         if self.accelerator.num_processes > 1:
             parts = gather_object(parts)
-        predictions = Predictions.concatenate(parts).in_order(self.pictures)
+        predictions = Predictions.concatenate(parts).in_order(self.num_images)
         metrics = LongTailMetrics.from_predictions(predictions, self.class_counts)
         return {name: getattr(metrics, name) for name in METRIC_NAMES}
 
