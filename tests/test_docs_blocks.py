@@ -165,7 +165,7 @@ def served_clip(hub, tmp_path_factory) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_the_blocks_of_a_page_run(page, prepared, served_clip, run_blocks, tmp_path):
+def test_the_blocks_of_a_page_run(page, prepared, served_clip, run_blocks, hub, tmp_path):
     blocks = [block for block in blocks_of(page, read(page)) if block.reason is None]
     if not blocks:
         pytest.skip("no block to run")
@@ -174,4 +174,7 @@ def test_the_blocks_of_a_page_run(page, prepared, served_clip, run_blocks, tmp_p
     folder = tmp_path / "folder"
     shutil.copytree(prepared, folder)
     (folder / "examples").symlink_to(ROOT / "examples")
+    there = set(hub.repositories)
     print(run_blocks(blocks, folder))
+    for pushed in set(hub.repositories) - there:  # the next page may push to the same name
+        del hub.repositories[pushed]
