@@ -14,7 +14,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from ballad_hf.training.towers import TrainableTowers
+from ballad_hf.training.step import TrainableTowers
 
 
 ROOT = Path(__file__).parent.parent

@@ -9,6 +9,7 @@ import torch
 from ballad_hf.training import checkpoints
 from ballad_hf.training.checkpoints import (
     CheckpointStore,
+    CheckpointTimer,
     optimizer_from_tensors,
     optimizer_to_tensors,
 )
@@ -143,3 +144,17 @@ def test_a_damaged_state_is_named(tmp_path, content):
     (path / "state.json").write_text(content)
     with pytest.raises(ValueError, match=r"step-0000000001 is damaged .*remove it to resume from another one"):
         store.load(path)
+
+
+def test_the_timer(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
+    timer = CheckpointTimer(every_steps=4, every_minutes=2)
+    assert [step for step in range(1, 10) if timer.due_by_steps(step)] == [4, 8]
+    now[0] = 219.0
+    assert not timer.due_by_clock()
+    now[0] = 220.0
+    assert timer.due_by_clock()
+    timer.restart()
+    assert not timer.due_by_clock()
+    assert not CheckpointTimer().due_by_steps(1)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import os
 import shutil
 import signal
 
@@ -21,11 +22,11 @@ from ballad_hf.models.modeling_clip_resnet import CLIPResNetModel
 from ballad_hf.training import phase_a
 from ballad_hf.training.arguments import BalladTrainingArguments, PhaseAArguments
 from ballad_hf.training.callbacks import TrainingEvents
+from ballad_hf.training.checkpoints import PhaseAResult
 from ballad_hf.training.losses import NonFiniteLossError
 from ballad_hf.training.optimization import tower_of
+from ballad_hf.training.phase_a import StopSignals, TrainingInterrupted
 from ballad_hf.training.phase_a_setup import set_up_phase_a
-from ballad_hf.training.phase_a_state import PhaseAResult
-from ballad_hf.training.signals import TrainingInterrupted
 from ballad_hf.training.validation import METRIC_NAMES, Validator, encode_classes
 
 
@@ -388,7 +389,7 @@ def test_running_statistics_of_a_modified_resnet(splits, encoder, batch_norm):
 def test_low_rank_updates_of_one_tower_alone_are_said(encoder, caplog):
     pytest.importorskip("peft")
     from ballad_hf.models.configuration_clip_resnet import CLIPResNetConfig
-    from ballad_hf.training.lora import LowRankUpdates
+    from ballad_hf.training.optimization import LowRankUpdates
 
     vision = {"image_size": 32, "depths": [1, 1, 1, 1], "width": 8, "num_attention_heads": 4}
     config = CLIPResNetConfig(text_config=encoder.clip.config.text_config.to_dict(), vision_config=vision)
@@ -636,3 +637,36 @@ def test_a_stopped_run_speaks_after_its_bar_is_closed(model, splits, encoder, mo
     first, second = said[:2]
     assert first == "the bar is closed"
     assert second.startswith("Phase A was stopped by SIGTERM")
+
+
+def test_signals_are_noted_and_a_second_ctrl_c_stops_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_program_ends_with_the_signals_status():
+    interrupted = TrainingInterrupted(signal.SIGTERM, "Stopped after step 3.")
+    assert interrupted.code == 143
+    assert str(interrupted) == "Stopped after step 3."
+
+
+def test_a_launcher_that_died_counts_as_sigterm(monkeypatch):
+    parent = os.getppid()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    launched = StopSignals()
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    alone = StopSignals()
+    assert launched.received is alone.received is None
+    monkeypatch.setattr(os, "getppid", lambda: parent + 1)
+    assert launched.received == signal.SIGTERM
+    assert alone.received is None  # started from a shell, which may be closed while training goes on

@@ -1,17 +1,21 @@
-"""Which weights are trained, at what rate, and how the rate changes from step to step."""
+"""Which weights are trained, whole or by low-rank updates, at what rate from step to step, and their average."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .arguments import PhaseAArguments
 
+
+logger = logging.get_logger(__name__)
 
 Tower = Literal["image", "text"]
 
@@ -21,6 +25,10 @@ _TEXT_PREFIXES = ("text_model.", "text_projection.")
 _PROJECTION_PREFIXES = ("visual_projection.", "text_projection.", "vision_model.head.", "text_model.head.")
 _LAYER = re.compile(r"\.(?:layers|layer|stages)\.(\d+)\.")
 _BEFORE_THE_LAYERS = ("embeddings", "pre_layrnorm", ".stem.")
+
+# Linear layers of attention and of the transformer's MLP, by the names of transformers' dual encoders.
+_LOW_RANK_LAYERS = r"(?:q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+_LOW_RANK_TOWERS = {"both": r"(?:vision_model|text_model)", "image": "vision_model", "text": "text_model"}
 
 
 def tower_of(name: str) -> Tower | None:
@@ -169,3 +177,123 @@ def _rate(name: str, arguments: PhaseAArguments, tops: dict[str, int]) -> float:
     depth = _depth(name)
     below = 0 if depth is None else tops[tower] - depth
     return rate * arguments.layer_decay**below
+
+
+class LowRankUpdates:
+    """Puts low-rank updates on a dual encoder's towers, in place, and takes them off again.
+
+    Args:
+        clip: the dual encoder. Its own weights are frozen; the updates take gradients.
+        towers: which towers get updates.
+        rank: of the updates, 1 or more.
+        alpha: the updates are scaled by `alpha / rank`.
+        dropout: before the updates.
+
+    Raises:
+        ImportError: `peft` is not installed.
+        ValueError: a tower without linear layers to update, such as a ResNet's convolutions.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        towers: Literal["both", "image", "text"],
+        rank: int,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+    ):
+        try:
+            from peft import LoraConfig
+            from peft.tuners.lora import LoraModel
+        except ImportError as error:
+            raise ImportError("lora_rank needs the package peft: pip install 'ballad_hf[peft]'.") from error
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes any number
+            lora_dropout=dropout,
+            target_modules=rf".*{_LOW_RANK_TOWERS[towers]}\..*encoder.*\.{_LOW_RANK_LAYERS}",
+        )
+        try:
+            self._updated: Any = LoraModel(clip, config, "default")
+        except ValueError as error:
+            raise ValueError(
+                f"The {towers!r} tower(s) of this {type(clip).__name__} have no attention and MLP layers that "
+                "low-rank updates are known for: train the weights themselves (lora_rank=0), or another tower."
+            ) from error
+        updated = {name.split(".")[0] for name, _ in clip.named_parameters() if is_low_rank(name)}
+        missing = {"vision_model", "text_model"} - updated
+        if towers == "both" and missing:
+            logger.warning(
+                f"The {missing.pop()} of this {type(clip).__name__} has no layers that low-rank updates are known "
+                "for, so only the other tower is trained: choose lora_rank=0 to train the weights of both."
+            )
+
+    def merge(self) -> None:
+        """Add the updates to the weights, and make the dual encoder plain again."""
+        self._updated.merge_and_unload()
+
+
+def is_low_rank(name: str) -> bool:
+    """Whether a parameter of this name is a low-rank update."""
+    return ".lora_" in name
+
+
+class WeightAverage:
+    """`average <- decay * average + (1 - decay) * weights` after each step.
+
+    Early on the decay is `(1 + steps) / (10 + steps)` where that is lower, so that the start is forgotten.
+
+    Args:
+        parameters: the weights that are trained.
+        decay: from 0 (the weights themselves) to below 1.
+
+    Example:
+
+    >>> import torch
+    >>> from ballad_hf.training.optimization import WeightAverage
+    >>> weight = torch.nn.Parameter(torch.tensor([0.0]))
+    >>> average = WeightAverage([weight], decay=0.999)
+    >>> _ = weight.data.fill_(1.1)
+    >>> average.update()
+    >>> with average.in_place():
+    ...     print(round(weight.item(), 2))  # a decay of 2 / 11 in the first step
+    0.9
+    >>> round(weight.item(), 2)
+    1.1
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
+        self.parameters = list(parameters)
+        self.decay = decay
+        self.steps = 0
+        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights after a step."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.averages, [parameter.detach() for parameter in self.parameters], 1 - decay)
+
+    @torch.no_grad()
+    def restart(self, steps: int) -> None:
+        """Take the weights as they are for the averages after so many steps."""
+        self.steps = steps
+        for parameter, average in zip(self.parameters, self.averages, strict=True):
+            average.copy_(parameter)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While entered, the parameters hold the averages."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for parameter, average in zip(self.parameters, self.averages, strict=True):
+            held = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(held)

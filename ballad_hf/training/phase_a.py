@@ -8,12 +8,14 @@ the end.
 from __future__ import annotations
 
 import math
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,13 +30,24 @@ from ..data.image_dataset import as_image_dataset
 from ..data.loaders import epoch_batches
 from .arguments import PhaseAArguments
 from .callbacks import TrainingEvents
-from .checkpoints import Checkpoint, CheckpointStore, get_trainable_state, set_trainable_state
+from .checkpoints import (
+    CheckpointStore,
+    CheckpointTimer,
+    PhaseACheckpoints,
+    PhaseAResult,
+    PhaseAState,
+    checkpoint_to_resume,
+    get_trainable_state,
+    read_outcome,
+    run_identity,
+    set_trainable_state,
+    write_outcome,
+)
 from .losses import NonFiniteLossError
 from .optimization import schedule_factor, set_learning_rates
 from .phase_a_setup import PhaseASetup, make_plain, set_training_mode, set_up_phase_a
-from .phase_a_state import PhaseACheckpoints, PhaseAResult, PhaseAState, check_identity, run_identity
-from .signals import CheckpointTimer, StepReport, StepStatus, StopSignals, TrainingInterrupted
-from .tail_guard import TailGuard, best_on_the_line, weights_between
+from .step import StepReport, StepStatus
+from .validation import Metrics, TailGuard, best_on_the_line, weights_between
 
 
 if TYPE_CHECKING:
@@ -42,9 +55,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-_OUTCOME = "result"  # folder beside the checkpoints
-
-Metrics = dict[str, float | None]
+# Set by `accelerate launch` and by torchrun for the processes that they start.
+_LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
 
 def train_phase_a(
@@ -134,7 +146,7 @@ def train_phase_a(
     else:
         identity = run_identity(model, train_dataset, args, seed)
         if folder is not None and resume_from_checkpoint is True:
-            result = _read_outcome(model, folder, identity, events)
+            result = read_outcome(model, folder, identity, events)
     if result is None:
 
         def set_up() -> PhaseASetup:
@@ -183,7 +195,7 @@ def _train(
         start = get_trainable_state(setup.towers) if args.tail_guard == "interpolate" else {}
         store = None if folder is None else CheckpointStore(folder, args.keep_checkpoints)
         checkpoints = None if store is None else PhaseACheckpoints(store, identity, setup, accelerator, events)
-        found = _checkpoint_to_resume(store, resume_from_checkpoint, accelerator)
+        found = checkpoint_to_resume(store, resume_from_checkpoint, accelerator)
         state = PhaseAState() if found is None or checkpoints is None else checkpoints.restore(found)
         loop = PhaseALoop(setup, args, accelerator, signals, checkpoints, state, events, progress)
         loop.begin()
@@ -191,7 +203,7 @@ def _train(
         _keep_best(loop, start)
         _move_into_model(loop, model)
     if folder is not None:
-        _write_outcome(model, folder, identity, state.result, accelerator, events)
+        write_outcome(model, folder, identity, state.result, accelerator, events)
     return state.result
 
 
@@ -458,18 +470,54 @@ class PhaseALoop:
         )
 
 
-def _checkpoint_to_resume(
-    store: CheckpointStore | None, resume_from_checkpoint: bool | str | Path | None, accelerator: Accelerator
-) -> Checkpoint | None:
-    if store is None:
-        return None
-    if not resume_from_checkpoint:
-        if accelerator.is_main_process:
-            store.clear()
-            CheckpointStore(store.folder / _OUTCOME, keep=1).clear()
-        accelerator.wait_for_everyone()
-        return None
-    return store.load_latest() if resume_from_checkpoint is True else store.load(resume_from_checkpoint)
+class TrainingInterrupted(SystemExit):
+    """Training stopped on a signal, its state saved. If not caught, the program exits with the signal's status."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(128 + signal_number)
+        self.signal_number = signal_number
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class StopSignals:
+    """While entered, SIGTERM and Ctrl-C are only recorded in `received`, so that the step can end and be saved.
+
+    A second Ctrl-C stops at once. Outside the main thread, where Python allows no handlers, signals act as usual.
+    Under `accelerate launch` or torchrun the death of the launcher counts as SIGTERM: nobody would be left to stop
+    this process, and it would train beside the run that takes its place.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._before: dict[int, Any] = {}
+        launched = any(variable in os.environ for variable in _LAUNCHER_VARIABLES)
+        self._launcher = os.getppid() if launched else None
+
+    @property
+    def received(self) -> int | None:
+        """The signal to stop for, if one came."""
+        if self._received is None and self._launcher is not None and os.getppid() != self._launcher:
+            self._received = signal.SIGTERM
+        return self._received
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._record)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = number
 
 
 def _keep_best(loop: PhaseALoop, start: dict[str, torch.Tensor]) -> None:
@@ -496,7 +544,7 @@ def _keep_best(loop: PhaseALoop, start: dict[str, torch.Tensor]) -> None:
 
     alpha, points = best_on_the_line(metrics_at, guard, loop.args.metric_for_best)
     set_trainable_state(setup.towers, weights_between(start, state.best_weights, alpha))
-    result.interpolation, result.validation = alpha, dict(points[alpha])
+    result.interpolation, result.validation = alpha, points[alpha]
     logger.warning(
         f"The weights are {alpha:.0%} of the way from the pretrained to the trained ones, where few-shot accuracy on "
         f"the validation split is {points[alpha]['few']:.1%} and {loop.args.metric_for_best} "
@@ -515,35 +563,6 @@ def _move_into_model(loop: PhaseALoop, model: BalladForImageClassification) -> N
         # The logit scale is a row of one in the copy.
         set_trainable_state(model.clip, {name: value.reshape(shapes[name]) for name, value in gathered.items()})
     make_plain(setup.clip, loop.args)
-
-
-def _write_outcome(
-    model: BalladForImageClassification,
-    folder: Path,
-    identity: dict[str, Any],
-    result: PhaseAResult,
-    accelerator: Accelerator,
-    events: TrainingEvents,
-) -> None:
-    """Keep the finished weights, so that an interruption of what comes after does not cost phase A."""
-    if accelerator.is_main_process:
-        state = {"run": identity, "result": asdict(result), "events": events.to_dict()}
-        CheckpointStore(folder / _OUTCOME, keep=1).try_save(result.steps, model.clip.state_dict(), state)
-    accelerator.wait_for_everyone()
-
-
-def _read_outcome(
-    model: BalladForImageClassification, folder: Path, identity: dict[str, Any], events: TrainingEvents
-) -> PhaseAResult | None:
-    """The result of a finished run, its weights loaded into the model; `None` where there is none."""
-    outcome = CheckpointStore(folder / _OUTCOME, keep=1).load_latest()
-    if outcome is None:
-        return None
-    check_identity(identity, outcome.state["run"])
-    model.clip.load_state_dict(outcome.tensors)
-    events.restore(outcome.state["events"])
-    logger.info(f"Phase A is finished: its weights are read from {folder / _OUTCOME}.")
-    return replace(PhaseAResult(**outcome.state["result"]), resumed_from=outcome.step)
 
 
 def _check_classes(model: BalladForImageClassification, train_dataset: Any) -> None:

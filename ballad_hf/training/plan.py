@@ -23,7 +23,7 @@ from ..data.transforms import PixelFormat
 from ..models.modeling_joined_towers import JoinedTowersModel
 from .arguments import BalladTrainingArguments, PhaseAArguments, PhaseBArguments
 from .measurement import StepCost, measure_step
-from .preflight import check_before_training
+from .phase_a_setup import check_before_training
 
 
 if TYPE_CHECKING:

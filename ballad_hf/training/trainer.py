@@ -29,10 +29,10 @@ from ..hub.model_directory import save_model_directory
 from ..hub.push import CheckpointPusher, check_push, push_model_directory
 from .arguments import BalladTrainingArguments, PhaseAArguments
 from .callbacks import TrainingEvents
+from .checkpoints import PhaseAResult
 from .phase_a import train_phase_a
-from .phase_a_state import PhaseAResult
+from .phase_a_setup import check_before_training
 from .phase_b import PhaseBResult, train_phase_b, views_per_image
-from .preflight import check_before_training
 from .run_directory import claim_run_directory
 from .validation import METRIC_NAMES
 

@@ -1,6 +1,7 @@
-"""The gradients of one step of phase A, whatever the number of processes and however small the device.
+"""One optimisation step of phase A, whatever the number of processes and however small the device.
 
-A batch that fits is run at once. One that does not is run in pieces:
+Both towers run in one module, because DDP and FSDP count on one forward for one backward; so images and prompts go in
+together. A batch that fits is run at once. One that does not is run in pieces:
 
 - a loss that is a mean over images is added up piece by piece, while the class embeddings wait as a leaf, so that
   the prompts are encoded once for the batch and not once for each piece;
@@ -15,18 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..data.prompts import ClassPrompts
 from .checkpoints import random_state, restore_random_state
-from .collectives import gather_rows
 from .losses import ClassificationLoss, contrastive_loss
-from .towers import ClassTexts, TextShare, TowerFeatures, class_embeddings
 
 
 logger = logging.get_logger(__name__)
@@ -44,7 +47,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     Example:
 
-    >>> from ballad_hf.training.cached_gradients import is_out_of_memory
+    >>> from ballad_hf.training.step import is_out_of_memory
     >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."))
     True
     """
@@ -309,3 +312,262 @@ def _gradient_at(leaf: torch.Tensor | None) -> torch.Tensor:
     assert leaf is not None
     assert leaf.grad is not None
     return leaf.grad
+
+
+class TowerFeatures(NamedTuple):
+    """Features before normalisation, float32 after autocast; `None` for a tower that was given nothing."""
+
+    image: torch.Tensor | None  # (batch, dim)
+    text: torch.Tensor | None  # (prompts, dim)
+    logit_scale: torch.Tensor  # ()
+
+
+class TrainableTowers(nn.Module):
+    """Both towers of a dual encoder and its logit scale.
+
+    Args:
+        clip: the dual encoder; not copied.
+        fixed_logit_scale: the multiplier of the cosines, or `None` for the dual encoder's own.
+    """
+
+    def __init__(self, clip: PreTrainedModel, fixed_logit_scale: float | None = None):
+        super().__init__()
+        self.clip = clip
+        self.fixed_logit_scale = fixed_logit_scale
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pooled_text: torch.Tensor | None = None,
+    ) -> TowerFeatures:
+        """Run what is given.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            input_ids: (prompts, length).
+            attention_mask: (prompts, length).
+            pooled_text: (prompts, hidden) output of a frozen text tower, which only the projection is left to run on.
+        """
+        image = text = None
+        if pixel_values is not None:
+            image = self.clip.get_image_features(pixel_values=pixel_values).pooler_output
+        if input_ids is not None:
+            text = self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        elif pooled_text is not None:
+            text = text_projection(self.clip)(pooled_text)
+        return TowerFeatures(image, text, self._logit_scale())
+
+    def _logit_scale(self) -> torch.Tensor:
+        if self.fixed_logit_scale is not None:
+            return torch.tensor(float(self.fixed_logit_scale), device=self.clip.device)
+        return self.clip.logit_scale.float().reshape(()).exp()  # (1,) in some families, and where it is sharded
+
+
+def class_embeddings(text_features: torch.Tensor, prompt_counts: torch.Tensor) -> torch.Tensor:
+    """Normalised mean of the normalised features of each class's prompts.
+
+    Args:
+        text_features: (prompts, dim), a class's prompts side by side.
+        prompt_counts: (classes,) prompts of each class, at least 1, on the same device.
+
+    Returns:
+        (classes, dim) float32.
+    """
+    embeds = F.normalize(text_features.float(), dim=-1)
+    classes = len(prompt_counts)
+    if len(embeds) == classes:  # one prompt each
+        return embeds
+    owner = torch.repeat_interleave(prompt_counts, output_size=len(embeds))  # (prompts,) class of each
+    sums = embeds.new_zeros(classes, embeds.shape[1]).index_add(0, owner, embeds)
+    return F.normalize(sums, dim=-1)  # the mean has the same direction
+
+
+def text_projection(clip: PreTrainedModel) -> nn.Module:
+    """The last linear map of the text side; SigLIP's is the head of its text tower."""
+    projection = getattr(clip, "text_projection", None)
+    return clip.text_model.head if projection is None else projection
+
+
+class TextShare(NamedTuple):
+    """This process's share of some classes' prompts, and how the shares of all go together again."""
+
+    pieces: list[dict[str, torch.Tensor]]  # arguments of the towers' forward, a piece at a time
+    rows: list[int]  # prompts of each piece
+    prompt_counts: torch.Tensor  # (classes of the share,) prompts of each
+    pick: torch.Tensor  # (classes,) row of the gathered shares for each class, in the order asked for
+
+
+class ClassTexts:
+    """Hands out the prompts of classes, shared evenly over processes, in pieces that fit a device.
+
+    Args:
+        prompts: the tokenised prompts.
+        process_index: of this process.
+        num_processes: of all.
+        piece: prompts in one forward pass at most, but never less than a class's; `None` for all at once.
+        device: where the tokens go.
+    """
+
+    def __init__(
+        self, prompts: ClassPrompts, process_index: int, num_processes: int, piece: int | None, device: torch.device
+    ):
+        self.prompts = prompts
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.piece = piece
+        self.device = device
+        self._pooled: torch.Tensor | None = None
+        self._all: TextShare | None = None
+
+    def share(self, classes: torch.Tensor) -> TextShare:
+        """The share for `classes`, (n,) distinct indices on the CPU."""
+        every_class = len(classes) == len(self.prompts)
+        if every_class and self._all is not None:
+            return self._all
+        order = self.prompts.by_length(classes)
+        missing = -len(order) % self.num_processes
+        # Shares must be of one length to be gathered; a repeated class is never picked, so it has no gradient.
+        padded = torch.cat([order, order[:1].expand(missing)])
+        shares = padded.view(-1, self.num_processes).T  # (processes, share): all of like lengths of prompts
+        row_of_class = torch.empty(len(self.prompts), dtype=torch.long)
+        row_of_class[shares.flatten()] = torch.arange(len(padded))
+        mine = shares[self.process_index]
+        pieces = mine.split(self._cuts(shares))
+        share = TextShare(
+            [self._arguments(piece) for piece in pieces],
+            [int(self.prompts.counts[piece].sum()) for piece in pieces],
+            self.prompts.counts[mine].to(self.device),
+            row_of_class[classes].to(self.device),
+        )
+        if every_class:
+            self._all = share
+        return share
+
+    def set_piece(self, piece: int) -> None:
+        """Change the number of prompts in one forward pass."""
+        self.piece = piece
+        self._all = None
+
+    @torch.no_grad()
+    def keep_pooled(self, clip: PreTrainedModel) -> None:
+        """Run the text tower over all prompts once and keep what its projection takes; for a frozen tower."""
+        pooled: list[torch.Tensor] = []
+        # What the projection is called with, as families pool differently: at the end token, the first or the last.
+        hook = text_projection(clip).register_forward_pre_hook(lambda _, given: pooled.append(given[0]))
+        every_class = torch.arange(len(self.prompts))
+        for classes in every_class.split(_cuts(self.prompts.counts, self.piece or 256)):
+            tokens = {name: value.to(self.device) for name, value in self.prompts.batch(classes).items()}
+            clip.get_text_features(**tokens)
+        hook.remove()
+        self._pooled = torch.cat(pooled)  # (prompts, hidden)
+
+    def _cuts(self, shares: torch.Tensor) -> list[int]:
+        """Classes of each piece, the same for every process: a sharded tower's forward is a collective."""
+        if self.piece is None:
+            return [shares.shape[1]]
+        return _cuts(self.prompts.counts[shares].amax(dim=0), self.piece)
+
+    def _arguments(self, classes: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self._pooled is not None:
+            return {"pooled_text": self._pooled[self.prompts.rows(classes).to(self.device)]}
+        return {name: value.to(self.device) for name, value in self.prompts.batch(classes).items()}
+
+
+def _cuts(counts: torch.Tensor, most: int) -> list[int]:
+    """Lengths of the parts of `counts`, (classes,), whose sums are `most` or less where a class alone is not more."""
+    cuts, held = [0], 0
+    for count in counts.tolist():
+        if cuts[-1] and held + count > most:
+            cuts.append(0)
+            held = 0
+        cuts[-1] += 1
+        held += count
+    return cuts
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of every process, one process after the other; the same on each.
+
+    The gradient of a row is the sum of its gradients on all processes. Where each computes the same global loss, or
+    its own part of a mean, averaging parameter gradients over processes (as DDP and FSDP do) gives those of one.
+
+    Args:
+        rows: (rows, ...), as many on every process.
+
+    Returns:
+        (processes * rows, ...); `rows` itself without other processes.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
+    return _GatherRows.apply(rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.contiguous()
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows)
+        ctx.rows = len(rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        start = dist.get_rank() * ctx.rows
+        return gradient[start : start + ctx.rows]
+
+
+@dataclass
+class StepReport:
+    """A finished step, as every process sees it.
+
+    Args:
+        step: steps done before this one.
+        loss: mean over processes.
+        signalled: whether a process received a signal to stop.
+        clock: whether the main process finds a checkpoint due by the clock.
+    """
+
+    step: int
+    loss: float
+    signalled: bool
+    clock: bool
+
+
+class StepStatus:
+    """Reads the loss of each step one step later, so that the device need not wait for the host.
+
+    With several processes one small reduction per step carries the loss, signals, and the main process's clock.
+
+    Args:
+        accelerator: of this run.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self._waiting: tuple[int, torch.Tensor] | None = None
+
+    def post(self, step: int, loss: torch.Tensor, signalled: bool, clock: bool) -> StepReport | None:
+        """Hand in a step; returns the report of the one before."""
+        before = self.read()
+        values = loss.detach().float().reshape(1)
+        processes = self.accelerator.num_processes
+        flags = torch.tensor([float(signalled), float(clock and self.accelerator.is_main_process)])
+        values = torch.cat([values / processes, flags.to(values.device)])  # (3,): loss, signalled, clock
+        if processes > 1:
+            dist.all_reduce(values)  # a flag of any process is above 0 in the sum
+        self._waiting = (step, values)
+        return before
+
+    def read(self) -> StepReport | None:
+        """The report of the step that waits, if one does."""
+        if self._waiting is None:
+            return None
+        step, values = self._waiting
+        self._waiting = None
+        loss, signalled, clock = values.tolist()
+        return StepReport(step, loss, signalled > 0, clock > 0)

@@ -1,16 +1,27 @@
-"""The gradients of a batch do not depend on how it is cut up."""
+"""One step of phase A: its gradients do not depend on how a batch is cut up, and rows are gathered over processes."""
+
+import copy
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, debug_launcher
 
 from ballad_hf.data.prompts import ClassPrompts
 from ballad_hf.models.class_embeddings import encode_class_prompts
-from ballad_hf.training.cached_gradients import Objective, OutOfMemoryError, StepGradients
 from ballad_hf.training.losses import build_classification_loss
 from ballad_hf.training.optimization import freeze_the_rest
-from ballad_hf.training.towers import ClassTexts, TrainableTowers, class_embeddings
+from ballad_hf.training.step import (
+    ClassTexts,
+    Objective,
+    OutOfMemoryError,
+    StepGradients,
+    TrainableTowers,
+    class_embeddings,
+    gather_rows,
+)
+
+from .test_dual_encoders import FAMILIES, tiny_model, tokenizer_for
 
 
 pytestmark = pytest.mark.numeric
@@ -225,3 +236,44 @@ def test_other_errors_of_a_step_are_not_taken_for_a_lack_of_memory(tiny_clip, mo
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         step("contrastive")
     assert tried == [7]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_projection_on_kept_features_of_its_tower_is_the_whole_tower(family, tiny_clip):
+    """`train="projections"` runs the frozen text tower once; families pool and project in their own ways."""
+    tokenizer = tokenizer_for(family, tiny_clip.tokenizer)
+    clip = tiny_model(family, tokenizer)
+    freeze_the_rest(clip, "projections", train_logit_scale=False)
+    prompts = ClassPrompts(["cat", "a red fox"], ["a {}.", "a photo of a {}."], tokenizer, clip.config)
+    texts = ClassTexts(prompts, 0, 1, None, torch.device("cpu"))
+    towers = TrainableTowers(clip)
+    classes = torch.tensor([0, 1])
+    (tokens,) = texts.share(classes).pieces
+    expected = towers(**tokens).text
+    kept = ClassTexts(prompts, 0, 1, None, torch.device("cpu"))
+    kept.keep_pooled(copy.deepcopy(clip))
+    (pooled,) = kept.share(classes).pieces
+    assert set(pooled) == {"pooled_text"}
+    text = towers(**pooled).text
+    torch.testing.assert_close(text, expected, rtol=1e-5, atol=1e-5)
+    text.sum().backward()
+    assert any(parameter.grad is not None for name, parameter in clip.named_parameters() if "text" in name)
+
+
+def check_on_a_process():
+    rank = Accelerator(cpu=True).process_index
+    rows = torch.full((2, 3), float(rank), requires_grad=True)
+    gathered = gather_rows(rows)
+    assert gathered[:, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
+    # Process r weighs row i by 10 ** r * (i + 1); the gradient of a row is the sum over both processes.
+    (gathered * 10.0**rank * torch.arange(1.0, 5.0)[:, None]).sum().backward()
+    assert rows.grad[:, 0].tolist() == ([11.0, 22.0] if rank == 0 else [33.0, 44.0])
+
+
+def test_a_row_gets_the_gradients_of_all_processes():
+    debug_launcher(check_on_a_process, num_processes=2)
+
+
+def test_one_process_keeps_its_rows():
+    rows = torch.ones(2, 3)
+    assert gather_rows(rows) is rows

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from ballad_hf.data.image_dataset import ImageDataset
-from ballad_hf.training.preflight import check_before_training
+from ballad_hf.training.phase_a_setup import check_before_training
 
 
 def dataset_of(names, counts):
