@@ -12,7 +12,7 @@ import sys
 from accelerate.utils import set_seed
 
 from ballad_hf import BalladForImageClassification, BalladTrainer, load_image_dataset
-from ballad_hf.commands.errors import errors_in_one_line
+from ballad_hf.commands.cli import errors_in_one_line
 from ballad_hf.commands.train import USE_IT, parse_arguments
 from ballad_hf.evaluation.summary import metrics_table, verdict
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .options import OptionParser, add_dataclass, build, option
+from .options import OptionParser, add_dataclass, build, load_pipeline, option
 
 
 TOP_K = 5
@@ -40,7 +40,6 @@ def main(options: Sequence[str]) -> None:
 def run(options: AppArguments) -> None:
     """Load the model and serve the page until Ctrl-C."""
     _import_gradio()
-    from .loading import load_pipeline
 
     classify = load_pipeline(options.model)
     if not hasattr(classify.model, "stored_class_embeds"):

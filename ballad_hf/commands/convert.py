@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .options import OptionParser
+from .options import OptionParser, load_model
 
 
 KINDS = {
@@ -83,7 +83,6 @@ def _converter(kind: str) -> Callable[..., Any]:
 
 def _export_onnx(source: str, output_dir: str) -> None:
     from ..inference.export import export_onnx
-    from .loading import load_model
 
     model, processor = load_model(source)
     export_onnx(model, output_dir, getattr(processor, "image_processor", processor))

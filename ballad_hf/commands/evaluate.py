@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..files import write_json
 from ..training.arguments import DataArguments
-from .options import OptionParser, add_dataclass, build, option, parse_for_model
+from .options import OptionParser, add_dataclass, build, load_model, option, parse_for_model
 
 
 @dataclass
@@ -87,7 +87,6 @@ def run(data: DataArguments, options: EvaluationArguments) -> None:
     from ..data.transforms import five_crop_transform
     from ..evaluation.evaluate import align_labels
     from ..evaluation.report import check_results_folder, write_results
-    from .loading import load_model
 
     folder = Path(str(options.output_dir))
     check_results_folder(folder, options.overwrite_output_dir)

@@ -1,4 +1,4 @@
-"""Command-line options from dataclasses, and from a YAML file below them.
+"""Options of commands from dataclasses, and from a YAML file below them; and the model that they name.
 
 transformers' `HfArgumentParser` does the same, but importing it takes longer than `--help` may.
 """
@@ -13,10 +13,14 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from ..files import read_json, read_yaml
 from ..training.arguments import DataArguments
+
+
+if TYPE_CHECKING:
+    from ..models.modeling_ballad import BalladForImageClassification
 
 
 _TRUE, _FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
@@ -138,6 +142,47 @@ def read_config(file: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
         name: str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
         for name, value in values.items()
     }
+
+
+def load_model(name: str) -> tuple[BalladForImageClassification, Any]:
+    """A BALLAD model and its processor.
+
+    Args:
+        name: model directory, or model name on the Hub.
+
+    Returns:
+        The model, and its processor; that of a model without a text tower has no tokenizer.
+
+    Raises:
+        ValueError: it is not a BALLAD model, or damaged.
+        OSError: there is no such model.
+    """
+    from ..conversion.convert import load_ballad
+    from ..conversion.processors import processor_of
+
+    model = load_ballad(name)
+    return model, processor_of(model)
+
+
+def load_pipeline(name: str, device: str | None = None) -> Any:
+    """The zero-shot pipeline over a BALLAD model or another dual encoder.
+
+    Args:
+        name: model directory, or model name on the Hub.
+        device: such as `cuda:1`.
+
+    Raises:
+        ValueError: the model can't be loaded.
+    """
+    from safetensors import SafetensorError
+    from transformers import pipeline
+
+    from ..inference import TASK
+
+    try:
+        return pipeline(TASK, model=name, device=device)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"The model {name} can't be loaded: {error}") from error
 
 
 def underscored(argument: str) -> str:

@@ -8,29 +8,39 @@ A run that was stopped continues where it was. Several processes share the work,
 from __future__ import annotations
 
 import contextlib
+import csv
 import glob
 import hashlib
+import io
 import itertools
+import json
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from ..data.images import UnreadableImageError, open_image
-from ..files import sha256_of
+from ..files import read_json, safe_cell, sha256_of, write_json
 from .evaluate import prior_of
-from .onnx_model import OnnxClassifier, is_onnx_folder
-from .options import OptionParser, add_dataclass, build, option
-from .prediction_file import SUFFIXES, PredictionFile, name_in_file, shown
+from .options import OptionParser, add_dataclass, build, load_pipeline, option
 
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 # What decides a model's predictions; results and arguments beside it do not.
 _MODEL_FILES = ("config.json", "classes.json", "*.safetensors", "*.bin", "*.onnx", "*processor_config.json", "token*")
+# Files of an ONNX folder, as `export_onnx` writes them.
+NETWORK, CLASSES, PREPROCESSING = "image_classifier.onnx", "classes.json", "preprocessor_config.json"
+SUFFIXES = (".csv", ".jsonl")  # of the output
+_DIGITS = 6  # of a score
 
 
 @dataclass
@@ -161,7 +171,7 @@ def _torch_classifier(options: PredictionArguments) -> Classifier:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from .loading import Files, load_pipeline
+    from ..inference.pipelines import ImagePaths
 
     state = PartialState()
     if options.device is not None and state.num_processes > 1:
@@ -183,7 +193,7 @@ def _torch_classifier(options: PredictionArguments) -> Classifier:
     config = pipeline.model.config
     return Classifier(
         lambda files: pipeline(
-            Files(files),
+            ImagePaths(files),
             batch_size=options.batch_size,
             num_workers=options.num_workers,
             on_unreadable="skip",
@@ -276,3 +286,237 @@ def _report(files: Sequence[str], unreadable: Sequence[int], output: str) -> Non
         except UnreadableImageError as error:
             lines.append(f"  {error}")
     print(shown("\n".join(lines)), file=sys.stderr)
+
+
+def is_onnx_folder(name: str) -> bool:
+    """Whether a name is a folder of `export_onnx`, and no model directory."""
+    return (Path(name) / NETWORK).is_file() and not (Path(name) / "config.json").is_file()
+
+
+class OnnxClassifier:
+    """Classifies image files with an exported model: onnxruntime, NumPy and Pillow, without torch.
+
+    Args:
+        folder: written by `export_onnx`.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+        FileNotFoundError: a file of the folder is missing.
+        ValueError: a file of it is damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        try:
+            import onnxruntime
+        except ImportError:
+            raise ImportError("An ONNX model needs onnxruntime: pip install 'ballad_hf[onnx]'") from None
+        folder = Path(folder)
+        self.class_names: list[str] = read_json(folder / CLASSES).get("class_names", [])
+        self._rules = read_json(folder / PREPROCESSING)
+        try:
+            available = onnxruntime.get_available_providers()
+            providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+            self._session = onnxruntime.InferenceSession(str(folder / NETWORK), providers=providers)
+        # onnxruntime's errors share no base class.
+        except Exception as error:
+            raise ValueError(f"{folder / NETWORK} can't be loaded: {error}") from error
+        classes = self._session.get_outputs()[0].shape[-1]
+        if len(self.class_names) != classes:
+            raise ValueError(
+                f"{folder / CLASSES} holds {len(self.class_names)} class names for {classes} logits: export the model "
+                "again."
+            )
+
+    def __call__(
+        self, files: Sequence[str], *, batch_size: int, top_k: int, num_threads: int = 1
+    ) -> Iterator[list[dict[str, Any]]]:
+        """The best classes of each image as `{"label", "score"}`, in order; none for an image that can't be read."""
+        with ThreadPoolExecutor(max(1, num_threads)) as threads:
+            for start in range(0, len(files), batch_size):
+                yield from self._batch(list(threads.map(self._read, files[start : start + batch_size])), top_k)
+
+    def _read(self, file: str) -> np.ndarray | None:
+        try:
+            return pixel_values(open_image(file), self._rules)
+        except UnreadableImageError:
+            return None
+
+    def _batch(self, images: list[np.ndarray | None], top_k: int) -> Iterator[list[dict[str, Any]]]:
+        readable = [image for image in images if image is not None]
+        if not readable:
+            yield from ([] for _ in images)
+            return
+        # Unreadable images keep their row, so that every batch has the same size.
+        batch = np.stack([np.zeros_like(readable[0]) if image is None else image for image in images])
+        (logits,) = self._session.run(["logits"], {"pixel_values": batch})  # (batch, classes)
+        if not np.isfinite(logits).all():
+            raise ValueError("The model's logits hold NaN or infinity: export it again from finite weights.")
+        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+        scores /= scores.sum(axis=1, keepdims=True)
+        for image, row in zip(images, scores, strict=True):
+            best: list[int] = [] if image is None else np.argsort(-row, kind="stable")[:top_k].tolist()
+            yield [{"label": self.class_names[index], "score": float(row[index])} for index in best]
+
+
+def pixel_values(image: Image.Image, rules: dict[str, Any]) -> np.ndarray:
+    """An image as the network takes it: resized, cropped at the centre and normalised.
+
+    Args:
+        image: RGB.
+        rules: content of `preprocessor_config.json`.
+
+    Returns:
+        (3, height, width) float32.
+    """
+    if rules.get("do_resize", True):
+        size = rules["size"]
+        if "shortest_edge" in size:
+            # The longer side is rounded down to whole pixels, as in transformers.
+            short, (width, height) = size["shortest_edge"], image.size
+            sides = (int(short * width / min(image.size)), int(short * height / min(image.size)))
+        else:
+            sides = (size["width"], size["height"])
+        image = image.resize(sides, rules.get("resample", Image.Resampling.BICUBIC))
+    if rules.get("do_center_crop", "crop_size" in rules):
+        crop = rules["crop_size"]
+        left, top = (image.width - crop["width"]) // 2, (image.height - crop["height"]) // 2
+        image = image.crop((left, top, left + crop["width"], top + crop["height"]))
+    pixels = np.asarray(image, dtype=np.float32)  # (height, width, 3)
+    if rules.get("do_rescale", True):
+        pixels = pixels * np.float32(rules.get("rescale_factor", 1 / 255))
+    if rules.get("do_normalize", True):
+        pixels = (pixels - np.asarray(rules["image_mean"])) / np.asarray(rules["image_std"])
+    return pixels.astype(np.float32).transpose(2, 0, 1)
+
+
+class PredictionFile:
+    """A CSV or JSON lines file of predictions, and beside it `NAME.settings.json` with what it was made with.
+
+    It has a row for each image, in the order of the images, and can be continued wherever its writer was stopped.
+
+    Args:
+        path: ends in `.csv` or `.jsonl`; its folder is made where it does not exist.
+        settings: plain values that decide what is written; a file of other settings is not continued.
+        ranks: classes per image, which decides the columns of a CSV file.
+        overwrite: start again where the file exists.
+
+    Attributes:
+        done: how many rows the file has of each image, by the name that it shows.
+
+    Raises:
+        FileExistsError: the file was begun with other settings, or is not of this program.
+
+    Example:
+
+    >>> import tempfile
+    >>> from ballad_hf.commands.predict import PredictionFile
+    >>> path = Path(tempfile.mkdtemp()) / "classes.csv"
+    >>> with PredictionFile(path, {"top_k": 1}, ranks=1) as file:
+    ...     file.write([("a.png", [{"label": "cat", "score": 0.75}])])
+    >>> path.read_text()
+    'file,label_1,score_1\\na.png,cat,0.75\\n'
+    >>> PredictionFile(path, {"top_k": 1}, ranks=1).done
+    Counter({'a.png': 1})
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], ranks: int, overwrite: bool = False):
+        self.path = path
+        self._is_csv = path.suffix == ".csv"
+        record = path.with_name(f"{path.name}.settings.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.done = Counter[str]()
+        if path.exists() and not overwrite:
+            if not record.is_file():
+                raise FileExistsError(
+                    f"{path} exists and is not of this program: choose another --output, or replace it with "
+                    "--overwrite."
+                )
+            self.done = _names_in(path)
+            before = read_json(record)
+            changed = [name for name, value in settings.items() if before.get(name) != value]
+            if self.done and changed:
+                said = ", ".join(_change(name, before.get(name)) for name in changed)
+                raise FileExistsError(
+                    f"{path} was begun with other settings ({said}): choose another --output, or start again with "
+                    "--overwrite."
+                )
+        if not self.done:
+            write_json(record, dict(settings))
+            path.write_text(self._header(ranks), encoding="utf-8", newline="")
+
+    def __enter__(self) -> PredictionFile:
+        self._stream = self.path.open("a", newline="", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def write(self, rows: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> None:
+        """Append a row for each image: its file, and its classes as `{"label", "score"}`, best first."""
+        self._stream.write("".join(self._row(file, classes) for file, classes in rows))
+        self._stream.flush()
+
+    def _header(self, ranks: int) -> str:
+        columns = [name for rank in range(1, ranks + 1) for name in (f"label_{rank}", f"score_{rank}")]
+        return _csv_line(["file", *columns]) if self._is_csv else ""
+
+    def _row(self, file: str, classes: Sequence[Mapping[str, Any]]) -> str:
+        scored = [{"label": shown(row["label"]), "score": round(row["score"], _DIGITS)} for row in classes]
+        if self._is_csv:
+            return _csv_line([shown(file), *(value for row in scored for value in row.values())])
+        return json.dumps({"file": shown(file), "classes": scored}, ensure_ascii=False) + "\n"
+
+
+def shown(text: str) -> str:
+    """Text that UTF-8 can encode: bytes of a file name that are not UTF-8 become `\\udc` escapes.
+
+    >>> import os
+    >>> print(shown(os.fsdecode(b"caf\\xe9.png")))
+    caf\\udce9.png
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def name_in_file(file: str, path: Path) -> str:
+    """An image's name as the file at `path` shows it."""
+    return str(safe_cell(shown(file))) if path.suffix == ".csv" else shown(file)
+
+
+def _names_in(path: Path) -> Counter[str]:
+    """The names of the whole rows. Half a row, which a run that was stopped left, is removed."""
+    content = path.read_bytes()
+    is_csv = path.suffix == ".csv"
+    end = _end_of_rows(content, is_csv)
+    if end < len(content):
+        with path.open("rb+") as stream:
+            stream.truncate(end)
+    text = content[:end].decode("utf-8")
+    try:
+        if is_csv:
+            return Counter(row["file"] for row in csv.DictReader(io.StringIO(text, newline="")))
+        return Counter(json.loads(line)["file"] for line in text.split("\n")[:-1])
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is not as it was written ({error}): choose another --output, or start again with --overwrite."
+        ) from error
+
+
+def _end_of_rows(content: bytes, is_csv: bool) -> int:
+    """Where the last whole row ends: after a line break that is not inside of a quoted cell."""
+    end = content.rfind(b"\n") + 1
+    while is_csv and content.count(b'"', 0, end) % 2:
+        end = content.rfind(b"\n", 0, end - 1) + 1
+    return end
+
+
+def _csv_line(cells: Sequence[object]) -> str:
+    line = io.StringIO(newline="")
+    # It quotes cells that hold a character of the line terminator.
+    csv.writer(line, lineterminator="\r\n").writerow([safe_cell(cell) for cell in cells])
+    return line.getvalue().removesuffix("\r\n") + "\n"
+
+
+def _change(name: str, before: Any) -> str:
+    return "the model has changed" if name == "model_digest" else f"{name} was {before!r}"

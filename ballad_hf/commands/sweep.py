@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..files import write_json
 from ..training.arguments import DataArguments, PhaseBArguments, SweepSpace
-from .options import OptionParser, add_dataclass, build, option, parse_for_model
+from .options import OptionParser, add_dataclass, build, load_model, option, parse_for_model
 
 
 if TYPE_CHECKING:
@@ -132,7 +132,6 @@ def run(arguments: Arguments) -> Path:
     from ..evaluation.summary import metrics_table
     from ..training.heads import compare_heads, head_metrics
     from ..training.sweep import move_ratio, sweep_phase_b
-    from .loading import load_model
 
     data, phase_b, space, options = arguments
     folder = Path(str(options.output_dir))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import Dataset
 from transformers import Pipeline
 from transformers.image_utils import load_image
 from transformers.utils import logging
@@ -233,6 +234,19 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
     @property
     def _is_siglip(self) -> bool:
         return "siglip" in self.model.config.model_type  # a BALLAD model over SigLIP is trained with softmax
+
+
+class ImagePaths(Dataset):
+    """Paths as a dataset, so that the pipeline reads them with worker processes."""
+
+    def __init__(self, files: Sequence[str]):
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> str:
+        return self._files[index]
 
 
 def _read_image(source: Any, timeout: float | None) -> Image.Image:
