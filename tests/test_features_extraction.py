@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from ballad_hf import BalladForImageClassification, evaluate, extract_features
 from ballad_hf.conversion.tiny_clip import build_tiny_clip
 from ballad_hf.data.transforms import evaluation_transform, five_crop_transform, train_transform
-from ballad_hf.features import extraction, shards
-from ballad_hf.features.shards import HEAD, StoredTable
+from ballad_hf.features import cache as disk
+from ballad_hf.features import extraction
+from ballad_hf.features.cache import HEAD, StoredTable
 
 from .conftest import load_splits
 
@@ -55,7 +56,7 @@ def no_tower(model, monkeypatch):
 
 
 def small_shards(monkeypatch, vectors=8):
-    monkeypatch.setattr(shards, "_MIN_VECTORS", vectors)
+    monkeypatch.setattr(disk, "_MIN_VECTORS", vectors)
 
 
 def entries_of(folder: Path, complete: bool = True) -> list[Path]:
@@ -246,7 +247,7 @@ def killed_while_extracting(model, split, image_processor, folder, files: int) -
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    write = shards.replacing_file
+    write = disk.replacing_file
     left = iter(range(files, -1, -1))
 
     @contextmanager
@@ -258,7 +259,7 @@ def killed_while_extracting(model, split, image_processor, folder, files: int) -
             yield temporary
 
     try:
-        shards.replacing_file = write_then_die
+        disk.replacing_file = write_then_die
         extract_features(model, split, processing_class=image_processor, cache_dir=folder)
     finally:
         os._exit(1)
@@ -284,7 +285,7 @@ def test_a_killed_run_is_taken_up_where_it_stopped(model, tiny_clip, few, tmp_pa
 
 def _in_two_processes(folder: str) -> None:
     torch.set_num_threads(1)
-    shards._MIN_VECTORS = 16
+    disk._MIN_VECTORS = 16
     accelerator = Accelerator(cpu=True)
     clip, tokenizer, image_processor = build_tiny_clip(layers=1)
     splits = load_splits("digits")

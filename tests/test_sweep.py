@@ -7,7 +7,7 @@ import torch
 
 from ballad_hf import FeatureTable, train_phase_b
 from ballad_hf.evaluation.evaluate import evaluate
-from ballad_hf.features.scoring import adapter_accuracies
+from ballad_hf.features.table import adapter_accuracies
 from ballad_hf.training.arguments import PhaseBArguments
 from ballad_hf.training.sweep import SweepSpace, move_ratio, sweep_phase_b
 

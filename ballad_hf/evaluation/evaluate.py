@@ -15,8 +15,7 @@ from tqdm.auto import tqdm
 from ..conversion.processors import processor_of
 from ..data.image_dataset import ImageDataset, as_image_dataset, check_class_order
 from ..data.transforms import evaluation_transform
-from ..features.scoring import adapted_logits
-from ..features.table import FeatureTable
+from ..features.table import FeatureTable, adapted_logits
 from ..models.class_embeddings import evaluation_mode
 from .metrics import LongTailMetrics
 from .predictions import ArrayLike, Predictions

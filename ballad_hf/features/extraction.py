@@ -21,8 +21,7 @@ from transformers.utils import logging
 from ..conversion.processors import processor_of
 from ..data.image_dataset import as_image_dataset, check_class_order
 from ..models.class_embeddings import evaluation_mode
-from .cache import FeatureCache, encoder_fingerprint, preprocessing_fingerprint
-from .shards import ShardPlan, StoredTable, digest_of
+from .cache import FeatureCache, ShardPlan, StoredTable, digest_of, encoder_fingerprint, preprocessing_fingerprint
 from .table import FeatureTable
 
 

@@ -23,8 +23,7 @@ from transformers.utils import logging
 
 from ..data.samplers import EpochSampler, build_sampler
 from ..features.cache import encoder_fingerprint
-from ..features.scoring import adapted_logits, adapter_accuracies
-from ..features.table import FeatureTable
+from ..features.table import FeatureTable, adapted_logits, adapter_accuracies
 from .arguments import PhaseBArguments
 from .callbacks import TrainingEvents
 from .losses import ClassificationLoss, NonFiniteLossError, build_classification_loss

@@ -20,8 +20,7 @@ from transformers.utils import logging
 
 from ..evaluation.evaluate import evaluate
 from ..evaluation.frontier import Frontier, FrontierPoint
-from ..features.scoring import moved_ratio_accuracies
-from ..features.table import FeatureTable
+from ..features.table import FeatureTable, moved_ratio_accuracies
 from .arguments import PhaseBArguments, SweepSpace, check_all
 from .losses import NonFiniteLossError
 from .phase_b import (
