@@ -257,7 +257,7 @@ def make_long_tailed(
 def _labels_of(dataset: Any, label_column: str | None) -> np.ndarray:
     if hasattr(dataset, "labels"):
         return dataset.labels
-    from .columns import find_label_column, read_labels
+    from .image_dataset import find_label_column, read_labels
 
     values = read_labels(dataset, find_label_column(dataset.features, label_column))
     # Names become numbers in sorted order.

@@ -14,8 +14,14 @@ from PIL import Image
 from transformers.utils import logging
 
 from .class_names import ClassNames, shown_class_names
-from .columns import check_integer_labels, find_image_column, find_label_column, read_labels
-from .image_dataset import ImageDataset, as_image_dataset
+from .image_dataset import (
+    ImageDataset,
+    as_image_dataset,
+    check_integer_labels,
+    find_image_column,
+    find_label_column,
+    read_labels,
+)
 from .images import image_path, unreadable_reasons
 from .list_files import ImageFiles, find_class_folders, find_splits, find_train_list, read_lists
 from .long_tail import ClassIndex, Profile, make_long_tailed
