@@ -12,18 +12,21 @@ from PIL import Image
 from ballad_hf import LongTailMetrics
 from ballad_hf.data.image_dataset import ImageDataset
 from ballad_hf.evaluation import plots
-from ballad_hf.evaluation.mistakes import plot_confusions, plot_mistakes, thumbnail, worst_confusions, worst_mistakes
 from ballad_hf.evaluation.plots import (
     drawable,
     plot_accuracy_by_frequency,
+    plot_confusions,
     plot_gain_by_class,
+    plot_mistakes,
     plot_reliability,
     plot_training_curves,
     save_figure,
     short,
+    thumbnail,
 )
 from ballad_hf.evaluation.predictions import Predictions
 from ballad_hf.evaluation.report import save_plots
+from ballad_hf.evaluation.summary import worst_confusions, worst_mistakes
 
 
 NAMES = ["cat $5", "a class with a name that does not fit any axis", "猫", "red fox", "zebra"]

@@ -194,7 +194,7 @@ def _open_set_metrics(
 
 def _described(results: dict[str, Any]) -> str:
     """The table, the intervals and the verdict in words."""
-    from ..evaluation.intervals import confidence_intervals
+    from ..evaluation.metrics import confidence_intervals
     from ..evaluation.summary import metrics_table, percent, verdict
 
     (metrics,) = results.values()

@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from scipy.stats import binomtest
 
-from .intervals import Interval, confidence_intervals
-from .metrics import GROUPS, LongTailMetrics
+from .metrics import GROUPS, Interval, LongTailMetrics, confidence_intervals
 from .plots import draw, drawable, short
 from .predictions import Predictions
 from .report import StageResult, read_results

@@ -1,4 +1,4 @@
-"""Plots of a run: accuracy over the long tail, what each stage changed, reliability, and training curves.
+"""Plots of a run: accuracy over the long tail, what each stage changed, reliability, training curves, and mistakes.
 
 Colours are those of Okabe and Ito (2008, https://jfly.uni-koeln.de/color/), which colour-blind readers can tell apart;
 the shot groups also differ in their marker, so no plot depends on colour.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import font_manager, rc_context
@@ -18,10 +19,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from PIL import Image
 
+from ..data.image_dataset import as_image_dataset
 from .metrics import CALIBRATION_BINS, GROUPS, LongTailMetrics, calibration_bins, calibration_error
 from .predictions import Predictions
-from .summary import images_of, names_of, percent
+from .summary import (
+    MOST_MISTAKES,
+    Confusions,
+    images_of,
+    names_of,
+    percent,
+    worst_confusions,
+    worst_mistakes,
+)
 
 
 BLUE, ORANGE, VERMILION, GREY, INK = "#0072B2", "#E69F00", "#D55E00", "#8C8C8C", "#262626"
@@ -53,6 +64,9 @@ _CURVES = {
 
 _LOGGED = ("loss", *_CURVES)
 _METRIC_OF = {f"eval_{metric}": metric for metric in _CURVES}
+
+_MOST_CLASSES = 20  # of a confusion matrix
+_THUMBNAIL_SIZE = 128
 
 
 def draw(size: tuple[float, float], paint: Callable[[Figure], None]) -> Figure:
@@ -486,3 +500,131 @@ def _installed_fonts() -> dict[str, str]:
 def _glyphs() -> frozenset[int]:
     """Code points that the installed fonts can draw."""
     return frozenset().union(*(font_manager.get_font(file).get_charmap() for file in _installed_fonts().values()))
+
+
+def plot_confusions(
+    predictions: Predictions, class_names: Sequence[str] | None = None, most_classes: int = _MOST_CLASSES
+) -> Figure:
+    """Confusion matrix of the classes with the worst confusions, as fractions of each true class.
+
+    Args:
+        predictions: of one model.
+        class_names: in label order.
+        most_classes: largest number of classes to show.
+
+    Raises:
+        ValueError: there are no confusions.
+    """
+    confusions = worst_confusions(predictions)
+    if not len(confusions.true):
+        raise ValueError("Every image was classified correctly: there are no confusions to plot.")
+    shown = _confused_classes(confusions, predictions.num_classes, most_classes)
+    table = _confusion_table(predictions, shown)
+    names = [short(name) for name in drawable_names(class_names, predictions.num_classes)]
+    labels = [names[index] for index in shown]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        off_diagonal = np.where(np.eye(len(shown), dtype=bool), np.nan, table)
+        highest = max(float(np.nanmax(off_diagonal)), 0.01)
+        axes.set_facecolor("#DDDDDD")  # for the diagonal, whose values would dominate the colour scale
+        heatmap = axes.imshow(off_diagonal, cmap=SEQUENTIAL, vmin=0, vmax=highest)
+        for (row, column), fraction in np.ndenumerate(table):
+            if fraction >= 0.005:
+                dark = fraction > 0.6 * highest and row != column
+                axes.text(column, row, f"{100 * fraction:.0f}", ha="center", va="center", fontsize=7,
+                          color="white" if dark else "black")  # fmt: skip
+        axes.set_xticks(range(len(shown)), labels, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+        axes.set_yticks(range(len(shown)), labels, fontsize=8)
+        axes.grid(visible=False)
+        axes.set(xlabel="predicted class", ylabel="true class")
+        total = predictions.num_classes
+        subset = "" if len(shown) == total else f" ({len(shown)} of {total:,} classes)"
+        axes.set_title(f"Worst confusions on {images_of(predictions)}{subset}")
+        bar = figure.colorbar(heatmap, ax=axes, shrink=0.6, label="percent of the true class")
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
+        bar.outline.set_edgecolor(GREY)
+
+    side = 3.6 + 0.3 * len(shown)
+    return draw((side + 0.8, side), paint)
+
+
+def plot_mistakes(
+    predictions: Predictions,
+    dataset: Any,
+    class_names: Sequence[str] | None = None,
+    most: int = MOST_MISTAKES,
+) -> Figure:
+    """The most confident mistakes with their images; see [`worst_mistakes`].
+
+    Args:
+        predictions: of one model on `dataset`.
+        dataset: anything that `as_image_dataset` takes.
+        class_names: in label order.
+        most: largest number of images.
+
+    Raises:
+        ValueError: there are no mistakes, or the predictions are of another dataset.
+    """
+    positions = worst_mistakes(predictions, most)
+    if not len(positions):
+        raise ValueError("Every image was classified correctly: there are no mistakes to plot.")
+    if predictions.index.max() >= len(dataset):
+        raise ValueError(
+            f"The predictions include row {predictions.index.max()}, but the dataset has {len(dataset)} images: "
+            "pass the dataset they were made on."
+        )
+    dataset = as_image_dataset(dataset)
+    names = [short(name, 22) for name in drawable_names(class_names, predictions.num_classes)]
+    columns = min(6, max(3, len(positions)))
+    rows = -(-len(positions) // columns)
+
+    def paint(figure: Figure) -> None:
+        title = f"Most confident mistakes on {images_of(predictions)}: true class → prediction"
+        figure.suptitle(title, x=0.01, ha="left", weight="bold", size=11)
+        for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+            axes.set_axis_off()
+            if place >= len(positions):
+                continue
+            position = positions[place]
+            axes.imshow(thumbnail(dataset.image(int(predictions.index[position]))))
+            true, predicted = names[predictions.labels[position]], names[predictions.predicted[position]]
+            title = f"{true}\n→ {predicted}\n{100 * predictions.confidence[position]:.0f}% confident"
+            axes.set_title(title, fontsize=7.5, weight="normal", loc="center")
+
+    return draw((1.75 * columns + 0.2, 2.15 * rows + 0.4), paint)
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """The image on a white square; a tiny image is enlarged with its pixels visible."""
+    image = image.convert("RGB")
+    scale = _THUMBNAIL_SIZE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    resized = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (_THUMBNAIL_SIZE, _THUMBNAIL_SIZE), "white")
+    square.paste(resized, ((_THUMBNAIL_SIZE - size[0]) // 2, (_THUMBNAIL_SIZE - size[1]) // 2))
+    return square
+
+
+def _confused_classes(confusions: Confusions, classes: int, most: int) -> np.ndarray:
+    """The classes of the worst pairs, in label order; all classes if they are few."""
+    if classes <= most:
+        return np.arange(classes)
+    chosen: set[int] = set()
+    for pair in zip(confusions.true.tolist(), confusions.predicted.tolist(), strict=True):
+        if len(chosen | set(pair)) > most:
+            break
+        chosen |= set(pair)
+    return np.array(sorted(chosen))
+
+
+def _confusion_table(predictions: Predictions, shown: np.ndarray) -> np.ndarray:
+    """(shown, shown) fraction of each row class's images that were predicted as the column class."""
+    place = np.full(predictions.num_classes, -1)
+    place[shown] = np.arange(len(shown))
+    row, column = place[predictions.labels], place[predictions.predicted]
+    both = (row >= 0) & (column >= 0) & (predictions.labels >= 0)
+    table = np.zeros((len(shown), len(shown)))
+    np.add.at(table, (row[both], column[both]), 1)
+    support = np.bincount(row[(row >= 0) & (predictions.labels >= 0)], minlength=len(shown))
+    return table / np.maximum(support, 1)[:, None]

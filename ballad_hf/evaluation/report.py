@@ -14,21 +14,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..files import explain_full_disk, read_json, write_json, write_text
-from .intervals import Interval, bootstrap_intervals, confidence_intervals
-from .metrics import LongTailMetrics
-from .mistakes import (
-    Mistake,
-    mistake_rows,
-    plot_confusions,
-    plot_mistakes,
-    worst_confusions,
-    worst_mistakes,
-    write_mistakes_csv,
-)
+from .metrics import Interval, LongTailMetrics, bootstrap_intervals, confidence_intervals
 from .plots import (
     DOTS_PER_INCH,
     plot_accuracy_by_frequency,
+    plot_confusions,
     plot_gain_by_class,
+    plot_mistakes,
     plot_reliability,
     plot_training_curves,
     save_figure,
@@ -38,13 +30,18 @@ from .summary import (
     ABSENT,
     COLUMNS,
     FURTHER,
+    Mistake,
     class_rows,
     images_of,
+    mistake_rows,
     names_of,
     percent,
     percent_gain,
     verdict,
+    worst_confusions,
+    worst_mistakes,
     write_class_csv,
+    write_mistakes_csv,
 )
 
 

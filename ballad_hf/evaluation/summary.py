@@ -1,17 +1,17 @@
-"""Results as a reader sees them: the table of the terminal, one row per class, and a verdict in words."""
+"""Results as a reader sees them: tables, a verdict in words, confusions and mistakes, and all of it as CSV files."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..data.image_dataset import as_image_dataset
 from ..files import explain_full_disk, safe_cell
-from .intervals import confidence_intervals, wilson
-from .metrics import LongTailMetrics
+from .metrics import LongTailMetrics, confidence_intervals, wilson
 from .predictions import ArrayLike, Predictions
 
 
@@ -36,6 +36,8 @@ FURTHER = {
 }
 ABSENT = "–"
 _FEW_IMAGES = 5
+MOST_MISTAKES = 24  # shown
+_MOST_OF_A_PAIR = 3  # mistakes of one pair of classes
 
 
 def metrics_table(rows: Mapping[str, LongTailMetrics], gain: bool = True) -> str:
@@ -238,6 +240,110 @@ def write_class_csv(file: str | Path, results: Mapping[str, LongTailMetrics]) ->
             for row in rows
         ),
     )
+
+
+class Confusions(NamedTuple):
+    """Pairs of a true and a predicted class, the worst first; each array is (pairs,)."""
+
+    true: np.ndarray
+    predicted: np.ndarray
+    images: np.ndarray
+    fraction: np.ndarray
+
+
+class Mistake(NamedTuple):
+    """One misclassified image."""
+
+    file: str
+    true_class: str
+    predicted_class: str
+    confidence: float
+
+
+def worst_confusions(predictions: Predictions) -> Confusions:
+    """Every pair (true class, predicted class) that occurs, sorted by the fraction of the true class's images.
+
+    The order is that of the lower Wilson limit (95%) of the fraction, so 1 of 1 image is not worse than 40 of 50.
+
+    Example:
+
+    >>> from ballad_hf.evaluation.summary import worst_confusions
+    >>> from ballad_hf.evaluation.predictions import Predictions
+    >>> predictions = Predictions.from_logits([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]], [0, 0, 2])
+    >>> confusions = worst_confusions(predictions)
+    >>> confusions.true.tolist(), confusions.fraction.tolist()
+    ([0, 2], [1.0, 1.0])
+    """
+    wrong = ~predictions.correct & (predictions.labels >= 0)
+    codes = predictions.labels[wrong] * predictions.num_classes + predictions.predicted[wrong]
+    pairs, images = np.unique(codes, return_counts=True)  # no (classes, classes) table: it may be large
+    true, predicted = np.divmod(pairs, predictions.num_classes)
+    support = np.bincount(predictions.labels[predictions.labels >= 0], minlength=predictions.num_classes)
+    lower, _ = wilson(images, support[true]) if len(pairs) else (np.empty(0), None)
+    order = np.lexsort((-images, -lower))
+    fraction = images / support[true]
+    return Confusions(true[order], predicted[order], images[order], fraction[order])
+
+
+def worst_mistakes(predictions: Predictions, most: int = MOST_MISTAKES) -> np.ndarray:
+    """Positions of the most confident mistakes, at most three of a pair of classes.
+
+    Args:
+        predictions: of one model.
+        most: largest number of mistakes.
+
+    Returns:
+        (mistakes,) positions in `predictions`, the most confident first.
+    """
+    wrong = _mistakes(predictions)
+    pair = predictions.labels[wrong] * predictions.num_classes + predictions.predicted[wrong]
+    by_pair = np.argsort(pair, kind="stable")
+    starts = np.flatnonzero(np.diff(pair[by_pair], prepend=-1))
+    rank = np.empty(len(wrong), dtype=np.int64)  # rank of each mistake within its pair
+    rank[by_pair] = np.arange(len(wrong)) - np.repeat(starts, np.diff(starts, append=len(wrong)))
+    return wrong[rank < _MOST_OF_A_PAIR][:most]
+
+
+def mistake_rows(
+    predictions: Predictions, dataset: Any, class_names: Sequence[str] | None, positions: np.ndarray
+) -> list[Mistake]:
+    """File name, classes and confidence of the mistakes at these positions."""
+    names = names_of(class_names, predictions.num_classes)
+    dataset = as_image_dataset(dataset)
+    return [
+        Mistake(
+            dataset.image_name(int(predictions.index[position])),
+            names[predictions.labels[position]],
+            names[predictions.predicted[position]],
+            float(predictions.confidence[position]),
+        )
+        for position in positions
+    ]
+
+
+def write_mistakes_csv(
+    file: str | Path, predictions: Predictions, dataset: Any, class_names: Sequence[str] | None = None
+) -> Path:
+    """Write every mistake with its file name, the most confident first; by convention `mistakes.csv`.
+
+    Args:
+        file: path of the file; UTF-8.
+        predictions: of one model on `dataset`.
+        dataset: anything that `as_image_dataset` takes.
+        class_names: in label order.
+    """
+    rows = mistake_rows(predictions, dataset, class_names, _mistakes(predictions))
+    header = ["file", "split", "true_class", "predicted_class", "confidence"]
+    split = predictions.split
+    return write_csv(
+        file, header, ([row.file, split, row.true_class, row.predicted_class, f"{row.confidence:.6g}"] for row in rows)
+    )
+
+
+def _mistakes(predictions: Predictions) -> np.ndarray:
+    """Positions of all mistakes, the most confident first."""
+    wrong = np.flatnonzero(~predictions.correct & (predictions.labels >= 0))
+    return wrong[np.argsort(-predictions.confidence[wrong], kind="stable")]
 
 
 def write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:

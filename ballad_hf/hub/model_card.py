@@ -13,8 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..data.image_dataset import as_image_dataset
-from ..evaluation.intervals import confidence_intervals
-from ..evaluation.metrics import GROUPS, LongTailMetrics
+from ..evaluation.metrics import GROUPS, LongTailMetrics, confidence_intervals
 from ..evaluation.summary import ABSENT, COLUMNS, FURTHER, images_of, names_of, percent, verdict
 from ..models.modeling_ballad import BalladForImageClassification
 from .model_directory import LAYOUT, installed_versions
