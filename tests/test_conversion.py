@@ -289,7 +289,7 @@ def test_a_ballad_without_classes_keeps_its_text_tower(tiny_clip, tmp_path):
 
 
 def test_the_open_clip_converter_keeps_the_preprocessing(tmp_path):
-    from .test_open_clip_layout import write_open_clip_folder
+    from .test_layouts import write_open_clip_folder
 
     source = write_open_clip_folder(tmp_path / "source", "vit", preprocess_cfg={"mean": [0.5] * 3, "std": [0.25] * 3})
     folder = convert_open_clip(source, tmp_path / "clip", tokenizer=False)

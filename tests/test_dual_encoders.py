@@ -4,8 +4,10 @@ import copy
 import gzip
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AlignConfig,
     AlignModel,
@@ -18,6 +20,7 @@ from transformers import (
     ChineseCLIPModel,
     CLIPConfig,
     CLIPModel,
+    CLIPProcessor,
     MetaClip2Config,
     MetaClip2Model,
     Siglip2Config,
@@ -29,12 +32,17 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ballad_hf import BalladForImageClassification
+from ballad_hf.conversion import dual_encoders
 from ballad_hf.conversion.dual_encoders import (
     check_interface,
+    check_model_source,
     clip_image_processor,
+    is_local_path,
     load_dual_encoder,
     load_image_processor,
+    load_processor,
     load_tokenizer,
+    processor_of,
 )
 
 from .conftest import CLASS_NAMES
@@ -355,3 +363,112 @@ def test_a_subfolder_is_found(clip_folder, tmp_path):
         tmp_path / "repository", class_names=["cat", "dog"], subfolder="towers"
     )
     assert model.config.class_names == ["cat", "dog"]
+
+
+def assert_feeds(processor, model):
+    inputs = processor(text=["a cat"], images=Image.new("RGB", (40, 32)), return_tensors="pt")
+    with torch.no_grad():
+        assert model(**inputs).logits_per_image.shape == (1, 1)
+
+
+def test_from_clip_keeps_the_checkpoints_processor(clip_folder, tiny_clip):
+    for names in (None, CLASS_NAMES):
+        model = BalladForImageClassification.from_clip(clip_folder, names)
+        assert processor_of(model) is model.processing_class
+        assert model.processing_class.tokenizer.get_vocab() == tiny_clip.tokenizer.get_vocab()
+        assert_feeds(processor_of(model), model)
+
+
+def test_a_given_processor_is_the_models_and_encodes_its_classes(tiny_clip):
+    processor = CLIPProcessor(tiny_clip.image_processor, tiny_clip.tokenizer)
+    model = BalladForImageClassification.from_dual_encoder(tiny_clip.clip, CLASS_NAMES, processing_class=processor)
+    assert processor_of(model) is processor
+    assert model.stored_class_embeds().shape == (5, 16)
+
+
+def test_the_folder_of_a_model_or_dual_encoder_has_its_processor(tiny_ballad, tiny_clip, clip_folder, tmp_path):
+    processor = CLIPProcessor(tiny_clip.image_processor, tiny_clip.tokenizer)
+    for part in (tiny_ballad, processor):
+        part.save_pretrained(tmp_path / "saved")
+    saved = BalladForImageClassification.from_pretrained(tmp_path / "saved")
+    assert_feeds(processor_of(saved), saved)
+    clip = type(tiny_clip.clip).from_pretrained(clip_folder)
+    model = BalladForImageClassification.from_dual_encoder(clip)
+    assert_feeds(processor_of(model), model)
+    tokenizer = load_processor(clip_folder, clip.config, tiny_clip.tokenizer).tokenizer
+    assert tokenizer is tiny_clip.tokenizer
+
+
+def test_without_a_text_tower_there_is_an_image_processor_alone(tiny_ballad, tiny_clip, tmp_path):
+    tiny_ballad.remove_text_tower()
+    for part in (tiny_ballad, tiny_clip.image_processor):
+        part.save_pretrained(tmp_path)
+    model = BalladForImageClassification.from_pretrained(tmp_path)
+    processor = processor_of(model)
+    assert processor.tokenizer is None
+    assert model(**processor(Image.new("RGB", (40, 32)), return_tensors="pt")).logits.shape == (1, 5)
+    processor.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "preprocessor_config.json").is_file()
+
+
+def test_a_model_without_a_processor_says_what_to_pass(tiny_ballad, tmp_path):
+    with pytest.raises(ValueError, match=r"\(in memory\): pass processing_class=CLIPProcessor"):
+        processor_of(tiny_ballad)
+    tiny_ballad.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="pass processing_class=CLIPProcessor"):
+        processor_of(BalladForImageClassification.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_local"),
+    [
+        ("gpt2", False),
+        ("openai/clip-vit-base-patch16", False),
+        ("./clip", True),
+        ("~/clip", True),
+        ("outputs/mine/", True),
+        ("outputs/mine/best", True),
+        ("here/mine", True),  # "here" is a folder
+        ("weights/RN50.pt", True),
+    ],
+)
+def test_a_path_is_no_name_of_the_hub(name, is_local, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert is_local_path(name) == is_local
+
+
+def _refuse_to_connect(calls):
+    def get(url, **options):
+        calls.append(url)
+        raise OSError("Name or service not known")
+
+    return get
+
+
+def test_a_path_is_never_asked_of_the_hub(monkeypatch):
+    calls = []
+    monkeypatch.setattr(dual_encoders.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(dual_encoders, "get_hf_file_metadata", _refuse_to_connect(calls))
+    with pytest.raises(FileNotFoundError, match="no file or folder './my_clip'"):
+        BalladForImageClassification.from_clip("./my_clip")
+    assert not calls
+
+
+def test_an_unreachable_hub_is_asked_once_and_lite_is_named(monkeypatch):
+    calls = []
+    monkeypatch.setattr(dual_encoders.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(dual_encoders, "get_hf_file_metadata", _refuse_to_connect(calls))
+    with pytest.raises(FileNotFoundError, match=r"Name or service not known.*--model lite.*ballad_hf\[lite\]"):
+        BalladForImageClassification.from_clip("nobody/nothing")
+    assert len(calls) == 1
+
+
+def test_a_cached_model_needs_no_hub(tmp_path):
+    snapshot = tmp_path / "models--nobody--nothing" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    (snapshot / "config.json").write_text("{}")
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    check_model_source("nobody/nothing", hub={"cache_dir": str(tmp_path)})

@@ -158,7 +158,7 @@ def load_model(name: str) -> tuple[BalladForImageClassification, Any]:
         OSError: there is no such model.
     """
     from ..conversion.convert import load_ballad
-    from ..conversion.processors import processor_of
+    from ..conversion.dual_encoders import processor_of
 
     model = load_ballad(name)
     return model, processor_of(model)

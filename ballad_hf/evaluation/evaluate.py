@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from ..conversion.processors import processor_of
+from ..conversion.dual_encoders import processor_of
 from ..data.image_dataset import ImageDataset, as_image_dataset, check_class_order
 from ..data.transforms import evaluation_transform
 from ..features.table import FeatureTable, adapted_logits

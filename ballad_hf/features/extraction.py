@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..conversion.processors import processor_of
+from ..conversion.dual_encoders import processor_of
 from ..data.image_dataset import as_image_dataset, check_class_order
 from ..models.class_embeddings import evaluation_mode
 from .cache import FeatureCache, ShardPlan, StoredTable, digest_of, encoder_fingerprint, preprocessing_fingerprint

@@ -363,7 +363,7 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
         config_values: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> BalladForImageClassification:
-        encoders, processors = _conversion("dual_encoders"), _conversion("processors")
+        encoders = _conversion("dual_encoders")
         hub = encoders.hub_arguments(kwargs)
         half = _HALF_PRECISION.get(str(kwargs.get("dtype")).removeprefix("torch."))
         if half is not None:  # cast at the end, as loading would round the logit scale too
@@ -376,7 +376,7 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
         if processing_class is None and not os.path.isfile(pretrained_model_name_or_path):
             # A checkpoint need not have one; whoever needs it later gets the error.
             with contextlib.suppress(ImportError, OSError, ValueError):
-                processing_class = processors.load_processor(
+                processing_class = encoders.load_processor(
                     pretrained_model_name_or_path, clip.config, tokenizer, **hub
                 )
         model = cls.from_dual_encoder(

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..conversion.processors import processor_of
+from ..conversion.dual_encoders import processor_of
 from ..data.image_dataset import as_image_dataset
 from ..data.loaders import epoch_batches
 from .arguments import PhaseAArguments

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from ..conversion.processors import processor_of
+from ..conversion.dual_encoders import processor_of
 from ..data.image_dataset import ImageDataset, as_image_dataset
 from ..data.long_tail import ShotGroups
 from ..data.transforms import PixelFormat

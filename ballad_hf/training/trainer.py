@@ -14,7 +14,7 @@ from transformers import EvalPrediction, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
-from ..conversion.processors import processor_of
+from ..conversion.dual_encoders import processor_of
 from ..data.image_dataset import ImageDataset, as_image_dataset
 from ..data.images import check_images
 from ..data.transforms import train_transform
