@@ -182,7 +182,7 @@ def _open_set_metrics(
     """Metrics with the images of `unknown_dataset` as images of none of the classes."""
     from .. import load_image_dataset, predict
     from ..data.image_dataset import as_image_dataset
-    from ..evaluation.open_set import open_set_metrics, threshold_that_keeps
+    from ..evaluation.metrics import open_set_metrics, threshold_that_keeps
     from ..evaluation.predictions import Predictions
 
     others = load_image_dataset(options.unknown_dataset, on_unreadable=data.on_unreadable, seed=options.seed)
