@@ -1,7 +1,10 @@
 """One way to write files and one way to read files that may be damaged.
 
-Whatever stops the process, a path holds the old content or the new one, never a half. What is read from disk is not
-trusted: a file is a regular file, within a size limit, valid UTF-8, and of the expected JSON or YAML type.
+Whatever stops the process, a path holds the old content or the new one, never a half.
+
+What is read from disk is not trusted. Every reader here looks at three things before it allocates or parses anything:
+the file is a regular file, its size is within a stated limit, and what it promises to unfold to is no more than its
+own size on disk allows. Then text must be UTF-8, and JSON and YAML of the expected type.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ import re
 import shutil
 import stat
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 
 try:
@@ -32,6 +37,10 @@ except ImportError:  # Windows
 _STAGING_SUFFIX = ".writing"
 # Far above any configuration, manifest or history of this package.
 MAX_TEXT_BYTES = 256 * 2**20
+# Lists of millions of images; the JSON of iNaturalist 2021 is the largest of those in use.
+MAX_LIST_BYTES = 4 * 2**30
+# YAML is read in pure Python, at about a second a mebibyte.
+MAX_YAML_BYTES = 16 * 2**20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Libraries in other languages put the system's error into their message.
 _FULL_IN_WORDS = re.compile(rf"\(os error ({'|'.join(map(str, sorted(_FULL)))})\)|encoder error -2")
@@ -163,7 +172,7 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
 
 def write_yaml(path: str | os.PathLike[str], content: Any) -> None:
     """Write a YAML file, whole or not at all."""
-    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.dump(content, Dumper=_WithoutAliases, sort_keys=False, allow_unicode=True))
 
 
 def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> str:
@@ -174,8 +183,7 @@ def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
         ValueError: it is not a regular file, larger than `max_bytes`, or not UTF-8.
     """
     path = Path(path)
-    check_regular_file(path)
-    size = path.stat().st_size
+    size = check_regular_file(path)
     if size > max_bytes:
         raise ValueError(f"{path} has {size:,} bytes, more than the {max_bytes:,} allowed for such a file.")
     try:
@@ -184,12 +192,14 @@ def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
         raise ValueError(f"{path} is not text in UTF-8 ({error}).") from error
 
 
-def read_json(path: str | os.PathLike[str], kind: type = dict, max_bytes: int = MAX_TEXT_BYTES) -> Any:
+def read_json(
+    path: str | os.PathLike[str], kind: type | tuple[type, ...] = dict, max_bytes: int = MAX_TEXT_BYTES
+) -> Any:
     """Read a JSON file.
 
     Args:
         path: the file.
-        kind: type of its top level, `dict` or `list`.
+        kind: type of its top level, `dict` or `list`, or both as a tuple.
         max_bytes: larger files are refused.
 
     Raises:
@@ -205,20 +215,122 @@ def read_json(path: str | os.PathLike[str], kind: type = dict, max_bytes: int = 
     >>> read_json(path)
     {'step': 3}
     """
+    text = read_text(path, max_bytes)
     try:
-        content = json.loads(read_text(path, max_bytes))
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # among them a number of more digits than Python converts
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     return _checked(content, kind, path)
 
 
-def read_yaml(path: str | os.PathLike[str], kind: type = dict, max_bytes: int = MAX_TEXT_BYTES) -> Any:
-    """Read a YAML file; as [`read_json`]. An empty file is an empty `kind`."""
+def read_yaml(
+    path: str | os.PathLike[str], kind: type | tuple[type, ...] = dict, max_bytes: int = MAX_YAML_BYTES
+) -> Any:
+    """Read a YAML file; as [`read_json`]. An empty file is an empty `kind`, and aliases (`*name`) are refused."""
+    text = read_text(path, max_bytes)
     try:
-        content = yaml.safe_load(read_text(path, max_bytes))
-    except (yaml.YAMLError, RecursionError) as error:
+        content = yaml.load(text, _PlainYaml)
+    # PyYAML raises whatever its constructors ran into: KeyError for `!!bool x`, AttributeError for a bad timestamp.
+    except Exception as error:
         raise ValueError(f"{path} is not valid YAML: {error}.") from error
-    return kind() if content is None else _checked(content, kind, path)
+    if content is None and isinstance(kind, type):
+        return kind()
+    return _checked(content, kind, path)
+
+
+class _PlainYaml(yaml.SafeLoader):
+    """YAML without aliases, with which a file of a kilobyte unfolds to any size."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name): write the value out")
+        return super().compose_node(parent, index)
+
+
+class _WithoutAliases(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def read_zip_member(archive: zipfile.ZipFile, name: str, max_bytes: int | None = None) -> bytes:
+    """One file of a zip archive, which may not unfold to more than the archive's own size on disk.
+
+    Args:
+        archive: opened by its path.
+        name: of the member.
+        max_bytes: a limit below the archive's size.
+
+    Raises:
+        KeyError: there is no such member.
+        ValueError: it promises more bytes; nothing was decompressed.
+    """
+    entry = archive.getinfo(name)
+    path = str(archive.filename)
+    check_promised_size(path, entry.file_size, f"{name} in it unfolds to", max_bytes)
+    return archive.read(entry)
+
+
+def check_promised_size(path: str | os.PathLike[str], promised: int, what: str, max_bytes: int | None = None) -> None:
+    """Refuse a file that says of itself that it holds more than it can, before memory is taken for it.
+
+    Args:
+        path: the file.
+        promised: bytes that its header, index or pickle promises.
+        what: what promises them, as the start of a sentence, such as "its header promises".
+        max_bytes: the limit; default: the size of the file on disk, where it is lower.
+
+    Raises:
+        ValueError: names the file, the promised size and its size on disk.
+
+    Example:
+
+    >>> import tempfile
+    >>> from ballad_hf.files import check_promised_size
+    >>> path = Path(tempfile.mkdtemp()) / "clip.pt"
+    >>> _ = path.write_bytes(bytes(100))
+    >>> check_promised_size(path, 100, "its header promises")
+    """
+    size = os.stat(path).st_size
+    limit = size if max_bytes is None else max_bytes
+    if promised > limit:
+        raise ValueError(
+            f"{path} has {size:,} bytes on disk, but {what} {promised:,} bytes (at most {limit:,} are allowed): it is "
+            "truncated, damaged, or made to fill the memory. Download it again, from a source that you trust."
+        )
+
+
+def read_safetensors_header(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a safetensors file; none of them is read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a regular file, damaged, or its header promises more than the file holds.
+    """
+    size = check_regular_file(path)
+    try:
+        # safetensors compares every length in the header with the length of the file.
+        with safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no mapping
+    except (SafetensorError, OSError) as error:
+        check_promised_size(path, _promised_by_header(path), "its header promises")
+        raise ValueError(
+            f"{path}, {size:,} bytes on disk, is damaged or no safetensors file ({error}): download or save it again."
+        ) from error
+
+
+def _promised_by_header(path: str | os.PathLike[str]) -> int:
+    """Bytes that a safetensors header needs, as far as it can be read."""
+    size = os.stat(path).st_size
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > size:
+            return start
+        try:
+            entries = json.loads(file.read(start - 8))
+            return start + max(entry["data_offsets"][1] for entry in entries.values() if "data_offsets" in entry)
+        # Anything may stand there; what is wrong with it, safetensors has said.
+        except Exception:
+            return 0
 
 
 def safe_cell(cell: object) -> object:
@@ -231,15 +343,20 @@ def safe_cell(cell: object) -> object:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
-def check_regular_file(path: str | os.PathLike[str]) -> None:
+def check_regular_file(path: str | os.PathLike[str]) -> int:
     """Refuse a pipe, a device or a folder, which would block or misbehave when read; a link to a file is fine.
+
+    Returns:
+        The size of the file in bytes.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a regular file.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"{path} is not a regular file.")
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a regular file (it is a folder, a pipe or a device).")
+    return status.st_size
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -349,10 +466,11 @@ def _not_written(path: Path, error: OSError, remedy: str | None = None) -> OSErr
     return OSError(error.errno, f"Could not write {path}: {error.strerror or error}. {remedy}")
 
 
-def _checked(content: Any, kind: type, path: str | os.PathLike[str]) -> Any:
+def _checked(content: Any, kind: type | tuple[type, ...], path: str | os.PathLike[str]) -> Any:
     if not isinstance(content, kind):
         names: dict[type, str] = {dict: "a mapping", list: "a list"}
-        expected = names.get(kind, kind.__name__)
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        expected = " or ".join(names.get(each, each.__name__) for each in kinds)
         raise ValueError(f"{path} must hold {expected}, not {type(content).__name__}.")
     return content
 

@@ -126,7 +126,7 @@ def with_pickle(archive: bytes, data: bytes) -> bytes:
 def test_a_torchscript_archive_that_would_run_something_is_refused_unrun(tmp_path):
     trace, file = tmp_path / "was-here", tmp_path / "archive.pt"
     file.write_bytes(with_pickle(torchscript(Inner()), pickle.dumps(Touches(trace), protocol=2)))
-    with pytest.raises(ValueError, match=r"the archive names .*\.open"):
+    with pytest.raises(ValueError, match=r"the file names .*\.open"):
         read_checkpoint(file)
     assert not trace.exists()
 
