@@ -242,7 +242,7 @@ def _next_pickle(file: io.BytesIO) -> _RecordUnpickler:
     start = file.tell()
     # A walk that builds nothing. It compares lengths with what is there; only the memo is sized by a number alone.
     for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name.endswith("PUT") and int(argument or 0) > _MAX_PICKLE_BYTES:
+        if opcode.name.endswith("PUT") and int(argument or 0) > file.getbuffer().nbytes:
             raise ValueError(f"Its pickle numbers an object {argument:,}.")
     return _RecordUnpickler(file.getvalue()[start : file.tell()])
 
@@ -264,7 +264,7 @@ class _RecordUnpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         if module == "torch.jit._pickle":  # lists with a type, which hold no weights
-            return _ignore
+            return _Maker(_ignore)
         if (module, name) not in _RECORDS:
             raise pickle.UnpicklingError(f"the file names {module}.{name}")
         return _RECORDS[module, name]
@@ -298,13 +298,26 @@ def _first(data: Any, *_) -> Any:
     return data
 
 
-_RECORDS: dict[tuple[str, str], Callable[..., Any]] = {
+class _Maker:
+    """A function that a pickle can call and not change."""
+
+    def __init__(self, make: Callable[..., Any]):
+        self._make = make
+
+    def __call__(self, *args: Any) -> Any:
+        return self._make(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("the file changes a function")
+
+
+_RECORDS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _Dict,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _first,
-    ("torch._utils", "_rebuild_parameter_with_state"): _first,
+    ("torch._utils", "_rebuild_tensor_v2"): _Maker(_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Maker(_first),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Maker(_first),
     ("torch", "Size"): tuple,
-    ("torch", "device"): _ignore,
+    ("torch", "device"): _Maker(_ignore),
 }
 
 

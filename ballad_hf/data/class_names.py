@@ -8,7 +8,6 @@ is cleaned again.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -16,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ..files import read_json, read_text, read_yaml
 
 
 ClassNames = str | os.PathLike[str] | Sequence[str] | Mapping[str, str]
@@ -143,7 +142,7 @@ def read_class_names(names: ClassNames | None) -> Sequence[str] | Mapping[str, s
         raise FileNotFoundError(f"class_names is {path}, but there is no such file.")
     try:
         content = _parsed(path)
-    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise ValueError(
             f"class_names is {path}, which can't be read: {error}. Give a text file (UTF-8) with one name a line in "
             "label order, or a JSON or YAML file."
@@ -152,18 +151,15 @@ def read_class_names(names: ClassNames | None) -> Sequence[str] | Mapping[str, s
         if not all(isinstance(entry.get("id"), int) for entry in content):
             raise ValueError(f"{path} has a category without an integer `id`: give each an id and a name.")
         return [entry.get("name") for entry in sorted(content, key=lambda entry: entry["id"])]
-    if not isinstance(content, list | dict):
-        raise ValueError(
-            f"{path} holds {type(content).__name__}: give a list of names, or a mapping from raw to shown."
-        )
     return content
 
 
 def _parsed(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8-sig")
+    """A list, or a mapping from raw to shown names."""
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
-        return [line for line in text.splitlines() if line.strip()]
-    return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        return [line for line in read_text(path).splitlines() if line.strip()]
+    read = read_json if path.suffix.lower() == ".json" else read_yaml
+    return read(path, (list, dict))
 
 
 def _is_utf8(name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from transformers.utils import logging
+
+from ..files import MAX_LIST_BYTES, read_json, read_text
 
 
 logger = logging.get_logger(__name__)
@@ -175,9 +176,9 @@ def read_list_file(path: str | os.PathLike[str]) -> ListedImages:
     labels: list[int] = []
     malformed: list[str] = []
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}): give a list of `path label` lines.") from error
+        text = read_text(path, MAX_LIST_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{error} Give a list of `path label` lines.") from error
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
@@ -376,11 +377,8 @@ def _read_inaturalist(files: dict[str, Path]) -> tuple[dict[str, ListedImages], 
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict) or "images" not in content:
+    content = read_json(path, max_bytes=MAX_LIST_BYTES)
+    if "images" not in content:
         raise ValueError(f"{path} has no list of `images`: it needs images, annotations and categories, as COCO has.")
     return {**content, "annotations": content.get("annotations") or [], "categories": content.get("categories") or []}
 
