@@ -56,11 +56,13 @@ def run(kind: str, source: str, output_dir: str, **options: Any) -> None:
     """Convert, and print the sizes."""
     from transformers.utils import logging
 
+    from ..files import read_text
+
     logging.disable_progress_bar()
     if options.pop("no_tokenizer", False):
         options["tokenizer"] = False
     if options.get("class_names") is not None:
-        options["class_names"] = Path(options["class_names"]).read_text(encoding="utf-8").splitlines()
+        options["class_names"] = read_text(options["class_names"]).splitlines()
     given = {name: value for name, value in options.items() if value is not None}
     _converter(kind)(source, output_dir, **given)
     before = f" (from {_megabytes(source)})" if Path(source).is_dir() else ""

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.images import UnreadableImageError, open_image
-from ..files import read_json, safe_cell, sha256_of, write_json
+from ..files import check_regular_file, read_json, safe_cell, sha256_of, write_json
 from .evaluate import prior_of
 from .options import OptionParser, add_dataclass, build, load_pipeline, option
 
@@ -486,14 +486,15 @@ def name_in_file(file: str, path: Path) -> str:
 
 def _names_in(path: Path) -> Counter[str]:
     """The names of the whole rows. Half a row, which a run that was stopped left, is removed."""
+    check_regular_file(path)
     content = path.read_bytes()
     is_csv = path.suffix == ".csv"
     end = _end_of_rows(content, is_csv)
     if end < len(content):
         with path.open("rb+") as stream:
             stream.truncate(end)
-    text = content[:end].decode("utf-8")
     try:
+        text = content[:end].decode("utf-8")
         if is_csv:
             return Counter(row["file"] for row in csv.DictReader(io.StringIO(text, newline="")))
         return Counter(json.loads(line)["file"] for line in text.split("\n")[:-1])

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -216,10 +215,7 @@ def load_ballad(ballad: str | os.PathLike, **kwargs) -> BalladForImageClassifica
             f"{ballad} is not a saved BALLAD model ({'no model_type' if model_type is None else repr(model_type)}): "
             f"give the folder or Hub name of a trained one.{'' if Path(ballad).exists() else NO_HUB}"
         )
-    try:
-        return BalladForImageClassification.from_pretrained(ballad, **kwargs)
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {ballad} are no safetensors file, or truncated: {error}") from error
+    return BalladForImageClassification.from_pretrained(ballad, **kwargs)
 
 
 @contextlib.contextmanager

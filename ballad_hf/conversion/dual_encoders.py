@@ -6,9 +6,8 @@ The Hub is asked once and briefly whether it answers, before its client tries fi
 from __future__ import annotations
 
 import gzip
-import itertools
-import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import cached_file, logging
 
+from ..files import read_json
 from . import lite
 from .checkpoint_files import read_checkpoint
 from .layouts import (
@@ -46,6 +46,7 @@ from .layouts import (
     strip_data_parallel,
     to_openai_names,
 )
+from .model_folders import check_model_folder
 
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ logger = logging.get_logger(__name__)
 # OpenAI's CLIPs and most of open_clip's share one tokenizer, which their weight files do not contain.
 OPENAI_TOKENIZER = "openai/clip-vit-base-patch32"
 OPENAI_VOCAB_SIZE = 49408
+_MAX_MERGES_BYTES = 16 * 2**20  # the published list has 3 MB
 # Ends the message about a name that was not found.
 NO_HUB = " If it is on the Hub, the Hub was not reached: check the network and HF_HUB_OFFLINE."
 # The arguments of `from_pretrained` that find a file; the others are about the model.
@@ -268,7 +270,7 @@ def load_image_processor(name_or_path: str | os.PathLike, clip_config: PreTraine
     open_clip_config = _find(name_or_path, CONFIG_FILE, hub) if find_model_type(name_or_path, hub) is None else None
     if open_clip_config is None:
         return AutoImageProcessor.from_pretrained(name_or_path, **hub)
-    preprocess_cfg = _read_json(open_clip_config).get("preprocess_cfg") or {}
+    preprocess_cfg = read_json(open_clip_config).get("preprocess_cfg") or {}
     return clip_image_processor(clip_config.vision_config.image_size, **image_processor_values(preprocess_cfg))
 
 
@@ -412,6 +414,8 @@ def _load_transformers(name_or_path: str | os.PathLike, model_type: str, **kwarg
             f"{name_or_path} is a BALLAD model already: load it with BalladForImageClassification.from_pretrained, or "
             f"make a plain dual encoder of it by `ballad convert fold {name_or_path} FOLDER` to start from."
         )
+    if Path(name_or_path).is_dir():
+        check_model_folder(Path(name_or_path, kwargs.get("subfolder") or ""))
     try:
         clip, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     except SafetensorError as error:
@@ -433,7 +437,7 @@ def _load_open_clip(name_or_path, config_file: str, hub: dict, kwargs: dict) -> 
     weights = next((file for file in found if file is not None), None)
     if weights is None:
         raise FileNotFoundError(f"{name_or_path} has an {CONFIG_FILE}, but none of {', '.join(WEIGHT_FILES)}.")
-    config = config_from_open_clip(_read_json(config_file).get("model_cfg") or {})
+    config = config_from_open_clip(read_json(config_file).get("model_cfg") or {})
     state = to_openai_names(read_checkpoint(weights))
     model = model_from_state(state, config, str(name_or_path), _as_dtype(kwargs.get("dtype", torch.float32)))
     model.config.name_or_path = str(name_or_path)
@@ -444,7 +448,7 @@ def find_model_type(name_or_path: str | os.PathLike, hub: dict) -> str | None:
     """What transformers calls the model, or `None` where it is none of theirs."""
     # timm's repositories have a config.json of their own, without it, beside open_clip's.
     config = _find(name_or_path, "config.json", hub)
-    return None if config is None else _read_json(config).get("model_type")
+    return None if config is None else read_json(config).get("model_type")
 
 
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -460,16 +464,6 @@ def _find(name_or_path: str | os.PathLike, filename: str, hub: dict) -> str | No
         file = Path(name_or_path, hub.get("subfolder") or "", filename)
         return str(file) if file.is_file() else None
     return cached_file(name_or_path, filename, _raise_exceptions_for_missing_entries=False, **hub)
-
-
-def _read_json(path: str) -> dict:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object.")
-    return content
 
 
 def _lacks_tokenizer(name_or_path: str | os.PathLike, hub: dict) -> bool:
@@ -491,9 +485,13 @@ def _tokenizer_from_merges(path: Path, vocab_size: int) -> CLIPTokenizer:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        # The first line is a comment; the published list goes on far beyond what the models use.
-        rows = [line.split() for line in itertools.islice(lines, 1, vocab_size - 2 * 256 - 2 + 1)]
+    try:
+        with opener(path, "rb") as file:
+            text = file.read(_MAX_MERGES_BYTES).decode("utf-8", "ignore")
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} can't be read ({error}): download it again.") from error
+    # The first line is a comment; the published list goes on far beyond what the models use.
+    rows = [line.split() for line in text.split("\n")[1 : vocab_size - 2 * 256 - 2 + 1]]
     merges = [(row[0], row[1]) for row in rows if len(row) == 2]
     letters = list(bytes_to_unicode().values())
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]

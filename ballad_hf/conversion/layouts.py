@@ -277,6 +277,8 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> CLIPConfig | CLIPResN
     >>> config_from_open_clip({"embed_dim": 1024, "vision_cfg": vision, "text_cfg": text}).model_type
     'clip_resnet'
     """
+    if not isinstance(model_cfg, Mapping):
+        raise ValueError(f"The model_cfg of {CONFIG_FILE} must be a mapping, not {model_cfg!r}.")
     vision, text, projection_dim = (model_cfg.get(name) for name in ("vision_cfg", "text_cfg", "embed_dim"))
     if not (isinstance(vision, dict) and isinstance(text, dict) and isinstance(projection_dim, int)):
         raise ValueError(
@@ -331,6 +333,8 @@ def image_processor_values(preprocess_cfg: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a way to resize that CLIP's image processor does not have.
     """
+    if not isinstance(preprocess_cfg, Mapping):
+        raise ValueError(f"The preprocess_cfg of {CONFIG_FILE} must be a mapping, not {preprocess_cfg!r}.")
     resize_mode = preprocess_cfg.get("resize_mode") or "shortest"
     resample = preprocess_cfg.get("interpolation") or "bicubic"
     if resize_mode not in ("shortest", "squash") or resample not in ("bicubic", "bilinear"):

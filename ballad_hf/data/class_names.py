@@ -144,8 +144,8 @@ def read_class_names(names: ClassNames | None) -> Sequence[str] | Mapping[str, s
         content = _parsed(path)
     except ValueError as error:
         raise ValueError(
-            f"class_names is {path}, which can't be read: {error}. Give a text file (UTF-8) with one name a line in "
-            "label order, or a JSON or YAML file."
+            f"class_names can't be read: {error} Give a text file (UTF-8) with one name a line in label order, or a "
+            "JSON or YAML file with a list of names, or with a mapping from the names of the data to others."
         ) from error
     if isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
         if not all(isinstance(entry.get("id"), int) for entry in content):

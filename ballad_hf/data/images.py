@@ -227,11 +227,21 @@ def _opened(source: Any) -> Any:
     return path
 
 
+@lru_cache(maxsize=1)
+def _formats() -> list[str]:
+    """All that Pillow reads but PostScript, for which it runs Ghostscript, whatever the file is called."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
+
+
 def _is_complete(source: Any) -> bool:
     if isinstance(source, np.ndarray | Image.Image):
         return False
     opened = _opened(source)
-    with opened if isinstance(opened, io.BytesIO) else open(opened, "rb") as file, Image.open(file) as image:
+    with (
+        opened if isinstance(opened, io.BytesIO) else open(opened, "rb") as file,
+        Image.open(file, formats=_formats()) as image,
+    ):
         last = _LAST_BYTES.get(image.format or "")
         if last is None or not 0 < image.width * image.height <= MAX_PIXELS:
             return False
@@ -251,7 +261,7 @@ def _read(source: Any, max_pixels: int, min_size: int | None) -> Image.Image:
     with warnings.catch_warnings():
         # Too many pixels are refused below; other warnings (such as of damaged EXIF) would repeat every epoch.
         warnings.simplefilter("ignore")
-        with Image.open(_opened(source)) as image:
+        with Image.open(_opened(source), formats=_formats()) as image:
             if min_size is not None and image.mode == "RGB":
                 image.draft("RGB", (min_size, min_size))
             return _upright_rgb(image, max_pixels)

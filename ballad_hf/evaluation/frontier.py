@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import explain_full_disk, write_text
+from ..files import explain_full_disk, read_json, write_text
 from .summary import align, percent
 
 
@@ -144,8 +144,16 @@ class Frontier:
 
     @classmethod
     def load(cls, path: str | Path) -> Frontier:
-        """Read a JSON file of `save`."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read a JSON file of `save`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, or no frontier.
+        """
+        try:
+            return cls.from_dict(read_json(path))
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"{path} is no frontier of a sweep ({error!r}): run the sweep again.") from error
 
     def table(self) -> str:
         """The points of the frontier in percent, one aligned line each; a star marks the chosen one.

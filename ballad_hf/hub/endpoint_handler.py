@@ -95,7 +95,9 @@ def _read_image(image: Any) -> Image.Image:
     if not isinstance(image, bytes):
         raise ValueError(f"An image is a {type(image).__name__}: send it as base64 text.")
     try:
-        opened = Image.open(io.BytesIO(image))
+        Image.init()
+        # All that Pillow reads but PostScript, for which it runs Ghostscript.
+        opened = Image.open(io.BytesIO(image), formats=[name for name in Image.ID if name != "EPS"])
         opened.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"An image of {len(image)} bytes can't be read: {error}") from error

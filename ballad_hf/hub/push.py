@@ -31,7 +31,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
-from ..files import StagingFolder, read_json
+from ..files import StagingFolder, read_json, read_text, read_yaml
 from ..models import modeling_ballad
 from .model_card import is_local_path, strip_local_paths
 from .model_directory import HELD_CHECKPOINTS, LAYOUT, check_model_directory
@@ -296,17 +296,17 @@ def without_local_paths(folder: Path) -> dict[str, bytes]:
     {'arguments.yaml': b'dataset: birds\\nseed: 3\\n'}
     """
     names = (LAYOUT.recipe, LAYOUT.arguments, LAYOUT.mistakes, LAYOUT.report)
-    texts = {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
+    texts = {name: read_text(folder / name) for name in names if (folder / name).is_file()}
     found: dict[str, str] = {}
     public = {}
     try:
         if LAYOUT.recipe in texts:
-            arguments = strip_local_paths(yaml.safe_load(texts[LAYOUT.recipe]), found)
+            arguments = strip_local_paths(read_yaml(folder / LAYOUT.recipe), found)
             public[LAYOUT.recipe] = yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True)
         if LAYOUT.arguments in texts:
-            record = strip_local_paths(json.loads(texts[LAYOUT.arguments]), found)
+            record = strip_local_paths(read_json(folder / LAYOUT.arguments), found)
             public[LAYOUT.arguments] = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"The arguments of the run in {folder} can't be read: {error}") from error
     root = _root_of_images(texts.get(LAYOUT.mistakes, ""))
     if root:

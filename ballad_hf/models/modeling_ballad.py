@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
@@ -103,9 +104,23 @@ class BalladPreTrainedModel(PreTrainedModel):
         """Load a saved model; the arguments are those of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: weights are missing. transformers would initialise them and only log a warning.
+            ValueError: weights are missing, damaged, of another shape, or fewer than the config promises. transformers
+                would initialise missing ones and only log a warning.
         """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        name = pretrained_model_name_or_path
+        folder = os.path.join(name, kwargs.get("subfolder") or "") if isinstance(name, str | os.PathLike) else ""
+        if os.path.isdir(folder):
+            with contextlib.suppress(ImportError):  # the model's code on the Hub comes without the package
+                _conversion("model_folders").check_model_folder(folder)
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        except (SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"The weights in {name} are damaged or do not fit its config: download or save the model again. "
+                f"({error})"
+            ) from error
         if info["missing_keys"]:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks weights of a BALLAD model: "

@@ -8,6 +8,7 @@ checkpoint's name is complete.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
 import time
@@ -127,6 +128,7 @@ class CheckpointStore:
             with replacing_folder(target) as folder:
                 save_file(_without_shared_memory(tensors), folder / _TENSORS)
                 about = {"step": step, "sha256": sha256_of(folder / _TENSORS), "state": dict(state)}
+                about["state_sha256"] = _digest_of_state(about)
                 write_json(folder / _STATE, about, indent=None)
         except (OSError, SafetensorError) as error:
             kept = self.paths()
@@ -162,10 +164,12 @@ class CheckpointStore:
         try:
             about = read_json(path / _STATE)
             step, state = int(about["step"]), dict(about["state"])
+            if about["state_sha256"] != _digest_of_state(about):
+                raise ValueError(f"the checksum of {_STATE} does not match")
             if about["sha256"] != sha256_of(path / _TENSORS):
                 raise ValueError(f"the checksum of {_TENSORS} does not match")
             tensors = load_file(path / _TENSORS)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise ValueError(
                 f"The checkpoint {path} is damaged ({error}): remove it to resume from another one."
             ) from error
@@ -285,6 +289,12 @@ def restore_random_state(state: Mapping[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _digest_of_state(about: Mapping[str, Any]) -> str:
+    """Digest of all of `state.json` but this digest."""
+    content = {name: value for name, value in about.items() if name != "state_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _without_shared_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
