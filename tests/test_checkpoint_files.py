@@ -168,6 +168,120 @@ def test_a_storage_of_another_length_is_named(tmp_path):
         read_checkpoint(file)
 
 
+def zipped(members: dict[str, bytes], compressed: tuple[str, ...] = ()) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            how = zipfile.ZIP_DEFLATED if name in compressed else zipfile.ZIP_STORED
+            archive.writestr(f"archive/{name}", content, how)
+    return buffer.getvalue()
+
+
+def state_pickle(length: int, size: tuple[int, ...], stride: tuple[int, ...], storages: int = 1) -> bytes:
+    """A pickled state dict whose tensors claim these sizes, in the words of `torch.save`."""
+    code = b"\x80\x02}q\x00("
+    for place in range(storages):
+        code += b"X\x01\x00\x00\x00" + bytes([97 + place]) + b"ctorch._utils\n_rebuild_tensor_v2\n(("
+        code += b"X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x00" + bytes([48 + place])
+        code += b"X\x03\x00\x00\x00cpuI%d\ntQI0\n(" % length + b"".join(b"I%d\n" % side for side in size) + b"t("
+        code += b"".join(b"I%d\n" % step for step in stride) + b"tI00\nNtR"
+    return code + b"u."
+
+
+GIGABYTES = 34 * 10**9 // 4
+BOMBS = {
+    "a compressed pickle": (
+        zipped({"data.pkl": b"\x80\x02" + b"]" * 3_000_000 + b".", "version": b"3"}, compressed=("data.pkl",)),
+        r"data\.pkl in it unfolds to 3,000,003 bytes",
+    ),
+    "a storage that is not there": (
+        zipped({"data.pkl": state_pickle(GIGABYTES, (2,), (1,)), "data/0": bytes(8)}),
+        "its storages promise 34,000,000,000 bytes",
+    ),
+    "a compressed storage": (
+        zipped(
+            {"data.pkl": state_pickle(100, (100,), (1,)), "data/0": bytes(400), "version": bytes(99)},
+            compressed=("data/0",),
+        ),
+        "Storage 0 has 400 bytes",
+    ),
+    "strides of zero": (
+        zipped({"data.pkl": state_pickle(1, (GIGABYTES,), (0,)), "data/0": bytes(4)}),
+        "its tensors promise 34,000,000,000 bytes",
+    ),
+    "a memo of gigabytes": (
+        zipped({"data.pkl": b"\x80\x02}r\xff\xff\xff\x7f."}),
+        "numbers an object 2,147,483,647",
+    ),
+    "an old file without its storage": (
+        torch_saved({"w": torch.zeros(4)}, _use_new_zipfile_serialization=False).replace(
+            b"K\x04", b"J" + GIGABYTES.to_bytes(8, "little")[:4]
+        ),
+        "truncated",
+    ),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_file_that_promises_more_than_it_has_is_refused_before_anything_is_allocated(bomb, tmp_path, monkeypatch):
+    content, message = BOMBS[bomb]
+    file = tmp_path / "bomb.pt"
+    file.write_bytes(content)
+    monkeypatch.setattr(torch, "frombuffer", None)  # a call would be a TypeError
+    with pytest.raises(ValueError, match=message) as refused:
+        read_checkpoint(file)
+    assert "bomb.pt" in str(refused.value)
+    assert f"{len(content):,} bytes on disk" in str(refused.value)
+
+
+def test_a_safetensors_header_that_promises_more_than_the_file_is_refused(tmp_path):
+    file = tmp_path / "bomb.safetensors"
+    header = b'{"w":{"dtype":"F32","shape":[500000000],"data_offsets":[0,2000000000]}}'
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    size, promised = 8 + len(header) + 16, 2_000_000_000 + 8 + len(header)
+    with pytest.raises(ValueError, match=f"has {size} bytes on disk, but its header promises {promised:,} bytes"):
+        read_checkpoint(file)
+
+
+def test_a_function_of_the_reader_can_not_be_changed_by_a_pickle(tmp_path):
+    file = tmp_path / "changes.pt"
+    file.write_bytes(zipped({"data.pkl": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb."}))
+    with pytest.raises(ValueError, match="changes a function"):
+        read_checkpoint(file)
+
+
+def test_tied_weights_are_read(tmp_path):
+    file, weight = tmp_path / "tied.pt", torch.arange(6.0).reshape(2, 3)
+    torch.save({"in": weight, "out": weight, "row": weight[1]}, file)
+    state = read_checkpoint(file)
+    assert torch.equal(state["in"], weight)
+    assert torch.equal(state["out"], weight)
+    assert torch.equal(state["row"], weight[1])
+
+
+def test_what_training_code_keeps_beside_the_weights_is_read(tmp_path):
+    module = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
+    module(torch.ones(2)).sum().backward()
+    optimizer.step()
+    for number, zipped_file in enumerate((True, False)):
+        file = tmp_path / f"{number}.pt"
+        content = {
+            "epoch": 3,
+            "state_dict": module.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "p": module.bias,
+        }
+        torch.save(content, file, _use_new_zipfile_serialization=zipped_file)
+        read = read_checkpoint(file)
+        assert read["epoch"] == 3
+        assert torch.equal(read["state_dict"]["weight"], module.weight)
+        assert torch.equal(
+            read["optimizer"]["state"][0]["momentum_buffer"], optimizer.state[module.weight]["momentum_buffer"]
+        )
+        assert torch.equal(read["p"], module.bias)
+
+
 _TRUNCATED = {name: (suffix, write()) for name, (suffix, write) in FORMATS.items()}
 _TRUNCATED["TorchScript"] = (".pt", torchscript(Inner()))
 

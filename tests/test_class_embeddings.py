@@ -1,7 +1,6 @@
 """Class embeddings: what they are, and that others than the model's own are never used."""
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -146,20 +145,44 @@ def test_low_rank_updates_of_the_text_tower_are_noticed_once_they_change_it(tiny
         tiny_ballad.stored_class_embeds()
 
 
-def test_threads_get_the_prior_correction_that_they_ask_for(tiny_ballad):
-    priors = {weight: [float(weight), 1.0, 1.0, 1.0, 1.0] for weight in range(1, 3)}
-    expected = {weight: prior_shift(prior, 5).tolist() for weight, prior in priors.items()}
+def shift_with_another_between(model, prior, other_prior, line: int):
+    """The shift for a prior, where "another thread" asks for another prior just before the n-th line that runs.
 
-    def ask(weight: int) -> bool:
-        return all(tiny_ballad.logit_shift(priors[weight]).tolist() == expected[weight] for _ in range(400))
+    Returns:
+        The shift, and whether so many lines ran.
+    """
+    seen, before = 0, sys.gettrace()
+    code = type(model).logit_shift.__code__
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+    def on_line(frame, event, argument):
+        nonlocal seen
+        seen += event == "line"
+        if event == "line" and seen == line:
+            sys.settrace(None)
+            model.logit_shift(other_prior)
+        return on_line if seen < line else None
+
+    sys.settrace(lambda frame, event, argument: on_line if frame.f_code is code else None)
     try:
-        with ThreadPoolExecutor(4) as pool:
-            assert all(pool.map(ask, [1, 2] * 4))
+        shift = model.logit_shift(prior)
     finally:
-        sys.setswitchinterval(interval)
+        sys.settrace(before)
+    return shift, seen >= line
+
+
+def test_threads_get_the_prior_correction_that_they_ask_for(tiny_ballad):
+    one, two = ([weight, 1.0, 1.0, 1.0, 1.0] for weight in (2.0, 3.0))
+    expected = {"one": prior_shift(one, 5).tolist(), "two": prior_shift(two, 5).tolist()}
+    is_within, line = True, 0
+    while is_within:
+        line += 1
+        shift, is_within = shift_with_another_between(tiny_ballad, one, two, line)
+        assert shift.tolist() == expected["one"], f"line {line}"
+        # And ever after.
+        assert tiny_ballad.logit_shift(two).tolist() == expected["two"], f"line {line}"
+        assert tiny_ballad.logit_shift(one).tolist() == expected["one"], f"line {line}"
+        tiny_ballad._cached_shift = None
+    assert line > 5  # so many lines there are, at least
 
 
 def test_a_checkpoint_keeps_embeddings_and_prior_bit_for_bit(tiny_ballad, tmp_path):

@@ -326,6 +326,7 @@ def test_a_changed_tower_is_noticed(tiny_ballad, tiny_clip):
         ({"epochs": -1}, "epochs is -1"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"learning_rate": 1e300}, r"learning_rate is 1e\+300: give a number above 0 and up to 1000"),
         ({"momentum": 1.0}, "momentum is 1.0"),
         ({"loss": "hinge"}, "choose one of cross_entropy"),
         ({"views": 0}, "views is 0"),

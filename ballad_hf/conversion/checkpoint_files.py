@@ -99,6 +99,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         ) from error
     except _BROKEN as error:
         reason = str(error) or type(error).__name__
+        if reason.startswith(str(path)):
+            raise
         raise ValueError(
             f"{path} is no checkpoint that can be read, or a truncated one ({size:,} bytes on disk): {reason}"
         ) from error

@@ -207,8 +207,7 @@ def load_openai_clip(
             f"{checkpoint} is a checkpoint of the official BALLAD code: convert it with convert_official_ballad, "
             "then load the folder with from_pretrained."
         )
-    state = content.get("state_dict", content)  # open_clip's training wraps the weights
-    state = strip_data_parallel({name: value for name, value in state.items() if isinstance(value, torch.Tensor)})
+    state = strip_data_parallel(content.get("state_dict", content))  # open_clip's training wraps the weights
     model = model_from_state(state, infer_config(state, text_attention_heads), str(checkpoint), _as_dtype(dtype))
     model.config.name_or_path = str(checkpoint)
     return model

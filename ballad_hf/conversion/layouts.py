@@ -83,9 +83,19 @@ class _Source(NamedTuple):
         return tensor.T if self.transposed else tensor
 
 
-def strip_data_parallel(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names without the `module.` that DataParallel puts before each."""
-    return {name.removeprefix("module."): value for name, value in state.items()}
+def strip_data_parallel(state: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict, by names without the `module.` that DataParallel puts before each.
+
+    Raises:
+        ValueError: it is no dict.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"The weights are {str(state)[:80]!r}, but must be a dict from names to tensors.")
+    return {
+        name.removeprefix("module."): value
+        for name, value in state.items()
+        if isinstance(name, str) and isinstance(value, torch.Tensor)
+    }
 
 
 def infer_config(
@@ -324,7 +334,7 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> CLIPConfig | CLIPResN
 
 def to_openai_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Names of OpenAI's layout for open_clip's weights, whose newer class keeps the text tower below `text.`."""
-    return {name.removeprefix("module.").removeprefix("text."): value for name, value in state.items()}
+    return {name.removeprefix("text."): value for name, value in strip_data_parallel(state).items()}
 
 
 def image_processor_values(preprocess_cfg: Mapping[str, Any]) -> dict[str, Any]:

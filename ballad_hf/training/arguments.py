@@ -14,6 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 
+# Far above any that trains; a slip of the exponent ends here and not in a diverged run.
+_MAX_LEARNING_RATE = 1000.0
+
+
+def _is_learning_rate(value: float) -> bool:
+    return 0 < value <= _MAX_LEARNING_RATE
+
+
 def _option(help: str, default=None):
     return field(default=default, metadata={"help": help})
 
@@ -202,10 +210,12 @@ class PhaseAArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: give 1 or more, or leave it out.")
-        for name in ("learning_rate", "text_learning_rate", "head_learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "text_learning_rate", "head_learning_rate"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is {value}: give a finite number above 0.")
+            if value is not None and not _is_learning_rate(value):
+                raise ValueError(f"{name} is {value}: give a number above 0 and up to {_MAX_LEARNING_RATE:g}.")
+        if self.max_grad_norm is not None and not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}: give a finite number above 0.")
         for name in ("label_smoothing", "momentum", "adam_beta1", "adam_beta2", "lora_dropout", "ema_decay"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
@@ -284,8 +294,11 @@ class PhaseBArguments:
             raise ValueError(f"views is {self.views!r}: give 1 (the plain image) or more, or 'balanced'.")
         if self.max_views is not None and (self.views != "balanced" or self.max_views < 1):
             raise ValueError(f"max_views is {self.max_views}: give 1 or more, and only with views='balanced'.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate is {self.learning_rate}: give a finite number above 0, such as 0.2.")
+        if not _is_learning_rate(self.learning_rate):
+            raise ValueError(
+                f"learning_rate is {self.learning_rate}: give a number above 0 and up to {_MAX_LEARNING_RATE:g}, such "
+                "as 0.2."
+            )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}: choose a number from 0 to below 1, such as 0.9.")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
@@ -342,7 +355,7 @@ class SweepSpace:
 
     def __post_init__(self):
         check_all("ratios", self.ratios, lambda value: 0 < value <= 1, "above 0 and no more than 1")
-        check_all("learning_rates", self.learning_rates, lambda value: 0 < value < math.inf, "above 0, such as 0.2")
+        check_all("learning_rates", self.learning_rates, _is_learning_rate, "above 0 and up to 1000, such as 0.2")
         losses = get_args(ClassificationLoss)
         check_all("losses", self.losses, losses.__contains__, " or ".join(losses))
         check_all("sampler_powers", self.sampler_powers, lambda value: 0 <= value < math.inf, "0 (balanced) to 1")
