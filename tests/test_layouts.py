@@ -180,7 +180,7 @@ def test_the_configs_json_is_read_with_care(tmp_path):
     with pytest.raises(ValueError, match=r"open_clip_config\.json is not valid JSON"):
         load_dual_encoder(folder)
     (folder / "open_clip_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="holds a list, not a JSON object"):
+    with pytest.raises(ValueError, match="must hold a mapping, not list"):
         load_dual_encoder(folder)
 
 

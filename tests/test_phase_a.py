@@ -240,14 +240,10 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(model, splits, encoder
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_images(model, splits, encoder, tmp_path):
+    wild = arguments(epochs=50, optimizer="sgd", schedule="constant")
+    wild.learning_rate = 1e30  # refused where arguments are made
     with pytest.raises(NonFiniteLossError) as caught:
-        trained(
-            model,
-            splits,
-            encoder,
-            arguments(epochs=50, learning_rate=1e30, optimizer="sgd", schedule="constant"),
-            output_dir=tmp_path,
-        )
+        trained(model, splits, encoder, wild, output_dir=tmp_path)
     message = str(caught.value)
     assert "at a learning rate of 1e+30" in message
     assert "on the training images [" in message
@@ -502,8 +498,9 @@ def test_a_checkpoint_of_weights_that_are_not_finite_is_not_saved(model, splits,
 
 def test_after_a_divergence_the_learning_rate_may_be_lowered(model, splits, encoder, tmp_path):
     start = copy_of(model.clip)
-    wild = arguments(epochs=4, learning_rate=1e30, optimizer="sgd", schedule="constant")
+    wild = arguments(epochs=4, optimizer="sgd", schedule="constant")
     calm = dataclasses.replace(wild, learning_rate=1e-3)
+    wild.learning_rate = 1e30  # refused where arguments are made
     with pytest.raises(NonFiniteLossError):
         trained(model, splits, encoder, wild, output_dir=tmp_path)
     model.clip.load_state_dict(start)
