@@ -19,9 +19,11 @@ from ballad_hf.data.samplers import ClassWeightSampler, EpochSampler, InstanceSa
 from ballad_hf.features.extraction import extract_features
 from ballad_hf.training import phase_b
 from ballad_hf.training.arguments import PhaseBArguments
-from ballad_hf.training.losses import NonFiniteLossError
+from ballad_hf.training.losses import NonFiniteLossError, build_classification_loss
 from ballad_hf.training.phase_b import (
     AdapterTraining,
+    MixedBatch,
+    Mixup,
     TableBatches,
     _occurrence,
     adapter_start,
@@ -254,6 +256,43 @@ def test_root_sampling_leaves_the_roots_to_correct(tiny_ballad):
     assert first["loss"] == pytest.approx(-(drawn * shares.log()).sum().item(), abs=0.02)
 
 
+def test_mixup_mixes_unit_features_and_labels_in_the_same_shares():
+    features = torch.diag(torch.arange(1.0, 65.0))  # row i points along axis i, whatever its length
+    mixed = Mixup(1.0, seed=3)(features, torch.arange(64))
+    assert sorted(mixed.partner_labels.tolist()) == list(range(64))
+    expected = torch.zeros(64, 64)
+    for row, (own, partner, share) in enumerate(
+        zip(mixed.labels, mixed.partner_labels, mixed.partner_shares, strict=True)
+    ):
+        expected[row, own] += 1 - share
+        expected[row, partner] += share
+    torch.testing.assert_close(mixed.features, expected)
+    assert 0.3 < mixed.partner_shares.mean() < 0.7
+    assert mixed.partner_shares.std() > 0.2  # uniform
+    assert torch.equal(Mixup(1.0, seed=3)(features, torch.arange(64)).features, mixed.features)
+    assert not torch.equal(Mixup(1.0, seed=4)(features, torch.arange(64)).features, mixed.features)
+    shares = Mixup(0.05, seed=0)(features, torch.arange(64)).partner_shares
+    assert ((shares < 0.1) | (shares > 0.9)).float().mean() > 0.7  # most rows are nearly as they were
+
+
+def test_the_loss_of_mixed_rows_is_that_of_soft_labels():
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    shares = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.9, 1.0])
+    mixed = MixedBatch(torch.empty(6, 0), torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([1, 1, 0, 2, 3, 2]), shares)
+    soft = (1 - shares)[:, None] * torch.eye(4)[mixed.labels] + shares[:, None] * torch.eye(4)[mixed.partner_labels]
+    expected = torch.nn.functional.cross_entropy(logits, soft)
+    torch.testing.assert_close(mixed.loss(build_classification_loss("cross_entropy"), logits), expected)
+
+
+def test_training_with_mixup_is_repeatable_and_its_own(tiny_ballad):
+    table = table_for(tiny_ballad)
+    models = [copy.deepcopy(tiny_ballad) for _ in range(3)]
+    for model, alpha in zip(models, (1.0, 1.0, 0.0), strict=True):
+        train_phase_b(model, table, PhaseBArguments(epochs=2, mixup=alpha), seed=5)
+    assert torch.equal(weight_of(models[0]), weight_of(models[1]))
+    assert not torch.equal(weight_of(models[0]), weight_of(models[2]))
+
+
 @pytest.mark.parametrize("scale", [4.0, 100.0])
 def test_margins_are_on_the_scale_of_the_logits(tiny_ballad, scale):
     """Pictures at right angles to every text have logits of 0, whatever their class; all margins are half a cosine."""
@@ -337,6 +376,8 @@ def test_a_changed_tower_is_noticed(tiny_ballad, tiny_clip):
         ({"views": 10, "max_views": 5}, "only with views='balanced'"),
         ({"views": "balanced", "max_views": 0}, "max_views is 0"),
         ({"sampler_power": -1.0}, "sampler_power is -1"),
+        ({"mixup": -0.5}, "mixup is -0.5"),
+        ({"mixup": float("inf")}, "mixup is inf"),
     ],
 )
 def test_bad_arguments_are_refused_where_they_are_made(values, message):

@@ -271,6 +271,7 @@ class PhaseBArguments:
     schedule: Literal["cosine", "constant"] = _option("learning rate schedule", "cosine")
     loss: ClassificationLoss = _option("classification loss", "cross_entropy")
     label_smoothing: float = _option("label smoothing", 0.0)
+    mixup: float = _option("alpha of mixup between features: 1 mixes in equal measure, 0 not at all", 0.0)
     sampler: Literal["class_aware", "power", "progressive"] = _option("how images are sampled", "class_aware")
     samples_per_class: int = _option("consecutive samples per class of the class-aware sampler", 4)
     sampler_power: float = _option("power sampler: classes are drawn as count ** power; 0 is balanced", 0.5)
@@ -305,6 +306,8 @@ class PhaseBArguments:
             raise ValueError(f"weight_decay is {self.weight_decay}: give 0 or more, such as 5e-4.")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}: choose a number from 0 to below 1.")
+        if not (math.isfinite(self.mixup) and self.mixup >= 0):
+            raise ValueError(f"mixup is {self.mixup}: give 0 (none) or more, such as 1.")
         if not (math.isfinite(self.sampler_power) and self.sampler_power >= 0):
             raise ValueError(f"sampler_power is {self.sampler_power}: give 0 (balanced) or more.")
 

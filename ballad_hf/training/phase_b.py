@@ -117,7 +117,7 @@ def train_phase_b(
     sampler = phase_b_sampler(args, table.labels.cpu().numpy(), seed)
     batches = TableBatches(table, sampler, args.rows_per_step(table.rows))
     start = adapter_start(args.adapter_start, model.adapter.linear.weight, seed).to(device)
-    training = AdapterTraining(start, model.config.adapter_ratio, model.logit_scale.item(), batches, args)
+    training = AdapterTraining(start, model.config.adapter_ratio, model.logit_scale.item(), batches, args, seed)
 
     events = callbacks
     if not isinstance(events, TrainingEvents):
@@ -180,15 +180,22 @@ class AdapterTraining:
         ratio: weight of the adapted feature.
         logit_scale: multiplier of the cosines.
         batches: what it learns from; several adapters may share them.
-        args: loss, epochs, optimizer and schedule.
+        args: loss, mixup, epochs, optimizer and schedule.
+        seed: of mixup.
     """
 
     def __init__(
-        self, weight: torch.Tensor, ratio: float, logit_scale: float, batches: TableBatches, args: PhaseBArguments
+        self,
+        weight: torch.Tensor,
+        ratio: float,
+        logit_scale: float,
+        batches: TableBatches,
+        args: PhaseBArguments,
+        seed: int = 0,
     ):
         self.weight = nn.Parameter(weight.detach().float().clone())  # (dim, dim)
         self.ratio, self.logit_scale = ratio, logit_scale
-        self.batches, self.args = batches, args
+        self.batches, self.args, self.seed = batches, args, seed
         self.epoch = 0
         self.optimizer = torch.optim.SGD(
             [{"params": [self.weight], "initial_lr": args.learning_rate}],
@@ -220,10 +227,15 @@ class AdapterTraining:
         class_embeds = table.class_embeds.to(device)
         loss_of = phase_b_loss(self.args, table, self.logit_scale, self.batches.class_distribution(self.epoch))
         loss_of = loss_of.to(device)
+        mixup = Mixup(self.args.mixup, (self.seed, self.epoch)) if self.args.mixup else None
         losses = []
         for step, (features, labels) in enumerate(self.batches.epoch(self.epoch, device)):
             set_learning_rates(self.optimizer, self._schedule_factor(step))
-            loss = loss_of(adapted_logits(features, self.weight, self.ratio, class_embeds, self.logit_scale), labels)
+            mixed = mixup(features, labels) if mixup else None
+            if mixed is not None:
+                features = mixed.features
+            logits = adapted_logits(features, self.weight, self.ratio, class_embeds, self.logit_scale)
+            loss = loss_of(logits, labels) if mixed is None else mixed.loss(loss_of, logits)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -283,6 +295,47 @@ class AdapterTraining:
             f"learning rate of {learning_rate:.4g}; the model is unchanged. Lower the learning rate or the logit "
             "scale, or check the features."
         )
+
+
+class MixedBatch(NamedTuple):
+    """Rows that are mixed in pairs."""
+
+    features: torch.Tensor  # (batch, dim)
+    labels: torch.Tensor  # (batch,)
+    partner_labels: torch.Tensor  # (batch,)
+    partner_shares: torch.Tensor  # (batch,)
+
+    def loss(self, loss_of: ClassificationLoss, logits: torch.Tensor) -> torch.Tensor:
+        """The loss with both labels of each row, weighted by their shares: a scalar."""
+        own = loss_of(logits, self.labels, reduction="none")  # (batch,)
+        partners = loss_of(logits, self.partner_labels, reduction="none")  # (batch,)
+        return torch.lerp(own, partners, self.partner_shares).mean()
+
+
+class Mixup:
+    """Mixes each row of a batch with another one, at the level of features (Verma et al., 2019).
+
+    `x = (1 - m) * x_i + m * x_j` of normalised features, with labels in the same shares and `m` from
+    `Beta(alpha, alpha)`, drawn for each row (Zhang et al., 2018). The few features of a rare class are then seen on
+    the way to those of all other classes, instead of a few points that the adapter can learn by heart.
+
+    Args:
+        alpha: 1 draws the shares uniformly; less leaves most rows nearly as they are.
+        seed: one number or several.
+    """
+
+    def __init__(self, alpha: float, seed: int | Sequence[int]):
+        self.alpha = alpha
+        self.generator = np.random.default_rng(seed)
+
+    def __call__(self, features: torch.Tensor, labels: torch.Tensor) -> MixedBatch:
+        """Mix a batch: features (batch, dim), labels (batch,)."""
+        partners = torch.from_numpy(self.generator.permutation(len(labels))).to(labels.device)
+        drawn = self.generator.beta(self.alpha, self.alpha, len(labels)).astype(np.float32)
+        shares = torch.from_numpy(drawn).to(features.device)  # (batch,)
+        features = nn.functional.normalize(features, dim=1)
+        mixed = torch.lerp(features, features[partners], shares[:, None])  # (batch, dim)
+        return MixedBatch(mixed, labels, labels[partners], shares)
 
 
 class TableBatches:

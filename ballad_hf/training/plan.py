@@ -56,7 +56,11 @@ JOINED: Settings = {
     "phase_a_warmup_epochs": 0.2,
     "phase_a_max_grad_norm": 1.0,
     "phase_b_sampler": "power",
+    "phase_b_sampler_power": 1.0,
     "phase_b_loss": "logit_adjustment",
+    "phase_b_epochs": 20,
+    "phase_b_mixup": 1.0,
+    "phase_b_learning_rate": 2.0,
 }
 # A dual encoder trained on image-text pairs: the paper's loss, optimizer and rate, in fewer epochs.
 GENTLE: Settings = {
@@ -546,7 +550,8 @@ def _lines(
         f"million parameters, {pixels.height} x {pixels.width} pixels",
         "device": f"{device}, {'float32' if precision == 'no' else precision}, {args.num_workers} workers",
         "phase A": _phase_a_line(args.phase_a, estimate),
-        "phase B": f"{args.phase_b.epochs} epochs, {args.phase_b.loss}, {args.phase_b.sampler} sampling",
+        "phase B": f"{args.phase_b.epochs} epochs, {args.phase_b.loss}, {args.phase_b.sampler} sampling"
+        + (", mixup" if args.phase_b.mixup else ""),
         "time": f"about {_duration(estimate.phase_a + estimate.around)}{of_phase_a}{limit}",
         "memory": f"about {_size(estimate.memory_bytes)}",
     }

@@ -261,7 +261,7 @@ def _trainings(
         if power not in batches:
             sampler = phase_b_sampler(own_args, table.labels.cpu().numpy(), seed)
             batches[power] = TableBatches(table, sampler, args.rows_per_step(table.rows))
-        yield AdapterTraining(trial.weight.to(device), trial.ratio, trial.logit_scale, batches[power], own_args)
+        yield AdapterTraining(trial.weight.to(device), trial.ratio, trial.logit_scale, batches[power], own_args, seed)
 
 
 def _train_epoch(
