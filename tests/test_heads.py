@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ballad_hf import FeatureTable
+from ballad_hf import FeatureTable, PhaseBArguments, train_phase_b
 from ballad_hf.evaluation.evaluate import evaluate
 from ballad_hf.features.extraction import extract_features
 from ballad_hf.training.heads import (
@@ -16,6 +16,7 @@ from ballad_hf.training.heads import (
     TipAdapterHead,
     _first_rows,
     apply_cosine_head,
+    choose_head,
     compare_heads,
     head_metrics,
 )
@@ -124,3 +125,51 @@ def test_what_does_not_fit_is_refused():
         compare_heads(blobs(), blobs(), ["svm"])
     with pytest.raises(ValueError, match="8 wide with 3 classes, the validation table 4 wide"):
         compare_heads(blobs(), FeatureTable(torch.ones(1, 4), [0], torch.eye(3, 4)))
+
+
+def choice_tables(model, swapped: bool) -> FeatureTable:
+    """Rows at the class embeddings of their class, or of the next class."""
+    model.set_class_embeds(torch.eye(*model.class_embeds.shape))
+    labels = torch.arange(model.config.num_labels).repeat_interleave(20)
+    noise = 0.05 * unit(len(labels), model.config.projection_dim)
+    rows = model.class_embeds[(labels + swapped) % model.config.num_labels] + noise
+    return FeatureTable(rows, labels, model.class_embeds, logit_scale=model.logit_scale.item())
+
+
+def test_a_head_that_is_not_better_beyond_noise_is_refused(tiny_ballad):
+    """The class prompts are right, and the adapter of phase B is no better."""
+    table = choice_tables(tiny_ballad, swapped=False)
+    start = tiny_ballad.adapter.linear.weight.detach().clone()
+    with torch.no_grad():
+        tiny_ballad.adapter.linear.weight.mul_(1.5)
+    choice = choose_head(tiny_ballad, table, table, start)
+    assert choice.head == "zero_shot"
+    assert choice.validation["zero_shot"].mean_class == 1.0
+    assert choice.gains["adapter"].p_value == 1.0
+    assert torch.equal(tiny_ballad.adapter.linear.weight, start)
+
+
+def test_the_adapter_serves_where_it_is_better_and_the_cosine_head_adds_nothing(tiny_ballad):
+    table = choice_tables(tiny_ballad, swapped=True)
+    start = tiny_ballad.adapter.linear.weight.detach().clone()
+    tiny_ballad.config.adapter_ratio = 1.0
+    train_phase_b(tiny_ballad, table, PhaseBArguments(epochs=30, learning_rate=5.0), eval_table=table)
+    trained, embeds = tiny_ballad.adapter.linear.weight.detach().clone(), tiny_ballad.class_embeds.clone()
+    choice = choose_head(tiny_ballad, table, table, start)
+    assert choice.head == "adapter"
+    assert choice.validation["adapter"].mean_class > 0.95
+    assert torch.equal(tiny_ballad.adapter.linear.weight, trained)
+    assert torch.equal(tiny_ballad.class_embeds, embeds)
+    assert "adapter" in choice.to_text()
+
+
+def test_the_cosine_head_serves_where_it_is_better(tiny_ballad):
+    """Phase B did nothing about class embeddings that are wrong throughout."""
+    table = choice_tables(tiny_ballad, swapped=True)
+    choice = choose_head(tiny_ballad, table, table, tiny_ballad.adapter.linear.weight.detach().clone())
+    assert choice.head == "cosine"
+    assert choice.gains["cosine"].difference > 0.5
+    assert tiny_ballad.config.adapter_ratio == 0
+    served = tiny_ballad.class_embeds @ F.normalize(table.take(torch.arange(table.rows)), dim=1).T
+    expected = choice.validation["cosine"].overall
+    assert (served.argmax(dim=0) == table.labels).double().mean().item() == pytest.approx(expected)

@@ -197,6 +197,25 @@ def test_features_can_be_extracted_with_the_trainers_settings(trainer, eval_data
     assert table.rows == 12
 
 
+def test_the_best_head_beyond_noise_is_put_into_the_model(model, encoder, train_dataset, eval_dataset, tmp_path):
+    args = arguments(tmp_path / "run", head="auto")
+    trainer = BalladTrainer(model, args, train_dataset, eval_dataset, encoder)
+    start = model.adapter.linear.weight.detach().clone()
+    trainer.train()
+    choice = trainer.head_choice
+    assert list(choice.validation) == ["zero_shot", "adapter", "cosine"]
+    assert trainer.evaluate()["eval_overall"] == pytest.approx(choice.validation[choice.head].overall)
+    # Twelve validation images of a model that is hardly trained: nothing is beyond noise.
+    assert choice.head == "zero_shot"
+    assert torch.equal(model.adapter.linear.weight, start)
+    without = BalladTrainer(model, arguments(tmp_path / "other", head="auto"), train_dataset, None, encoder)
+    with pytest.raises(ValueError, match="head is 'auto'.*validation_fraction"):
+        without.prepare()
+    args = arguments(tmp_path / "views", head="auto", phase_b={"views": "balanced"})
+    with pytest.raises(ValueError, match="phase_b_views is 'balanced'"):
+        BalladTrainer(model, args, train_dataset, eval_dataset, encoder).prepare()
+
+
 def test_bad_input_is_named(model, encoder, train_dataset, eval_dataset, tmp_path):
     with pytest.raises(ValueError, match="either model or model_init"):
         BalladTrainer()

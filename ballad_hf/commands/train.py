@@ -180,6 +180,8 @@ def run(arguments: Arguments) -> None:
     phase_b = trainer.train_phase_b()
     if trainer.accelerator.is_main_process:
         print(_phase_b_line(phase_b), flush=True)
+        if trainer.head_choice is not None:
+            print(trainer.head_choice.to_text(), flush=True)
     stages["phase B"] = trainer.predict(dataset[split], split)
 
     results = trainer.save_results(stages, dataset[split])

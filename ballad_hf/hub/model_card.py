@@ -132,6 +132,7 @@ def render_model_card(
         base_license=base_license,
         from_scratch=base in BUILT_IN_MODELS,
         config=model.config,
+        is_cosine_head=arguments.get("head") == "auto" and model.config.adapter_ratio == 0,
         images=_escaped(images_of(final)),
         metrics=final,
         stages=len(results),

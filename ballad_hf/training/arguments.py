@@ -408,6 +408,11 @@ class BalladTrainingArguments:
     output_dir: str = _option("folder of the results", "outputs/run")
     phase_a: PhaseAArguments = field(default_factory=PhaseAArguments)
     phase_b: PhaseBArguments = field(default_factory=PhaseBArguments)
+    head: Literal["adapter", "auto"] = _option(
+        "the classifier: the adapter of phase B, or 'auto', the best of it, the class prompts and a cosine classifier "
+        "on the validation split",
+        "adapter",
+    )
     overwrite_output_dir: bool = _option("replace the run in output_dir", False)
     resume: Literal["auto", "never"] = _option("'auto' continues the interrupted run in output_dir", "never")
     seed: int = _option("seed of every random choice", 0)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from ..data.samplers import PowerSampler
+from ..evaluation.compare import PairedDifference, paired_differences, significance
+from ..evaluation.evaluate import predict
 from ..evaluation.metrics import LongTailMetrics
 from ..evaluation.predictions import Predictions
 from ..features.table import FeatureTable
@@ -30,6 +32,7 @@ HEADS = ("tau_norm", "crt", "lws", "cosine", "tip_adapter")
 _COSINE_SCALE = 25.0  # as in the configs of LIFT
 _BATCH = 512
 _MAX_LOGITS = 2**24
+_SIGNIFICANT = 0.05
 
 
 class Head(Protocol):
@@ -161,7 +164,6 @@ def best_on(
     return max(results, key=lambda result: result.validation.mean_class)
 
 
-@torch.no_grad()
 def head_metrics(table: FeatureTable, head: Head, class_counts: torch.Tensor | None = None) -> LongTailMetrics:
     """Metrics of a head on a table; the logits of several views are averaged.
 
@@ -170,6 +172,13 @@ def head_metrics(table: FeatureTable, head: Head, class_counts: torch.Tensor | N
         head: any head.
         class_counts: training images of each class; default: the table's own.
     """
+    counts = table.class_counts if class_counts is None else class_counts
+    return LongTailMetrics.from_predictions(head_predictions(table, head), counts.numpy(), table.class_names)
+
+
+@torch.no_grad()
+def head_predictions(table: FeatureTable, head: Head) -> Predictions:
+    """Predictions of a head for every row of a table; the logits of several views are averaged."""
     widest = max(table.classes, len(getattr(head, "keys", ())))
     parts: list[Predictions] = []
     row = 0
@@ -178,8 +187,101 @@ def head_metrics(table: FeatureTable, head: Head, class_counts: torch.Tensor | N
         logits = head.logits(flat).view(len(labels), table.views, -1).mean(dim=1)  # (n, classes)
         parts.append(Predictions.from_logits(logits, labels, torch.arange(row, row + len(labels))))
         row += len(labels)
-    counts = table.class_counts if class_counts is None else class_counts
-    return LongTailMetrics.from_predictions(Predictions.concatenate(parts), counts.numpy(), table.class_names)
+    return Predictions.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """The head that was chosen on the validation split, and what the choice stands on.
+
+    Args:
+        head: `"zero_shot"`, `"adapter"` or `"cosine"`.
+        validation: metrics of every candidate there, from the simplest head on.
+        gains: of each candidate but the simplest in mean-class accuracy, over the head that was kept until then.
+    """
+
+    head: str
+    validation: Mapping[str, LongTailMetrics]
+    gains: Mapping[str, PairedDifference]
+
+    def to_text(self) -> str:
+        """A line for each candidate: its mean-class accuracy, and whether its gain is more than noise."""
+        lines = []
+        for name, metrics in self.validation.items():
+            line = f"  {name:<9}  {100 * metrics.mean_class:5.1f}%"
+            if name in self.gains:
+                gain = self.gains[name]
+                line += f"  ({100 * gain.difference:+.1f}, {significance(gain.p_value)})"
+            lines.append(line)
+        return "\n".join([f"Head: {self.head}, by mean-class accuracy on the validation split", *lines])
+
+
+def choose_head(
+    model: BalladForImageClassification,
+    table: FeatureTable,
+    eval_table: FeatureTable,
+    start: torch.Tensor,
+    *,
+    seed: int = 0,
+) -> HeadChoice:
+    """Give a model after phase B the best head, which is the simplest unless a gain is more than noise.
+
+    From simple to complex, the candidates are the class embeddings with the adapter as it was before phase B
+    (`zero_shot`), the adapter of phase B (`adapter`), and a cosine classifier trained with logit adjustment (`cosine`,
+    see [`compare_heads`]), which gives up the text embeddings of the classes. A candidate takes the place of the head
+    before it if its mean-class accuracy on the validation split is higher with p < 0.05, by a sign test over the
+    images that only one of the two classifies correctly.
+
+    Args:
+        model: after phase B; its adapter or its class embeddings are replaced.
+        table: features of the training split.
+        eval_table: features of the validation split.
+        start: (dim, dim) adapter before phase B.
+        seed: of the cosine classifier and the test.
+
+    Returns:
+        The choice.
+
+    Example:
+
+    >>> import torch
+    >>> from ballad_hf import BalladForImageClassification, FeatureTable, PhaseBArguments, train_phase_b
+    >>> from ballad_hf.training.heads import choose_head
+    >>> model = BalladForImageClassification.from_clip("tiny", class_names=["cat", "dog"])
+    >>> labels = torch.tensor([0] * 30 + [1] * 30)
+    >>> features = torch.nn.functional.one_hot(1 - labels, model.config.projection_dim) + 0.1
+    >>> table = FeatureTable(features, labels, model.class_embeds, logit_scale=model.logit_scale.item())
+    >>> start = model.adapter.linear.weight.detach().clone()
+    >>> result = train_phase_b(model, table, PhaseBArguments(epochs=5, learning_rate=1.0), eval_table=table)
+    >>> choose_head(model, table, table, start).head
+    'adapter'
+    """
+    ratio = model.config.adapter_ratio
+    eval_table = eval_table.with_logit_scale(model.logit_scale.item())
+    trained = model.adapter.linear.weight.detach().clone()  # (dim, dim)
+    cosine = compare_heads(table, eval_table, ["cosine"], seed=seed)["cosine"].head
+    candidates = {
+        "zero_shot": predict(eval_table, adapter=start.to(trained.device), adapter_ratio=ratio),
+        "adapter": predict(eval_table, adapter=trained, adapter_ratio=ratio),
+        "cosine": head_predictions(eval_table, cosine),
+    }
+    candidates = {name: predictions.of_split("validation table") for name, predictions in candidates.items()}
+    counts, names = table.class_counts.numpy(), table.class_names
+    metrics = {name: LongTailMetrics.from_predictions(rows, counts, names) for name, rows in candidates.items()}
+    chosen, *others = candidates
+    gains = {}
+    for name in others:
+        gain = paired_differences(candidates[chosen], candidates[name], metrics[name], seed)["mean_class"]
+        gains[name] = gain
+        if gain.difference > 0 and gain.p_value < _SIGNIFICANT:
+            chosen = name
+    if chosen == "zero_shot":
+        with torch.no_grad():
+            model.adapter.linear.weight.copy_(start)
+    elif chosen == "cosine":
+        assert isinstance(cosine, LinearHead)
+        apply_cosine_head(model, cosine)
+    return HeadChoice(chosen, metrics, gains)
 
 
 @torch.no_grad()

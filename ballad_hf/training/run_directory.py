@@ -24,7 +24,7 @@ _LOCK, _OWNER = ".run.lock", ".run.json"
 # checkpoints compare; phase B, evaluation and what follows are cheap, and done again.
 _MAY_CHANGE = (
     *("output_dir", "overwrite_output_dir", "resume", "num_workers", "eval_batch_size", "report_to", "run_name"),
-    *("feature_cache_dir", "push_to_hub", "hub_", "phase_a_", "phase_b_", "adapter_ratio"),
+    *("feature_cache_dir", "push_to_hub", "hub_", "phase_a_", "phase_b_", "adapter_ratio", "head"),
 )
 # Locks of this process, which it keeps until it ends; the operating system releases those of a process that dies.
 _LOCKS: dict[Path, FileLock] = {}
@@ -125,7 +125,7 @@ def _check_same_run(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
             f"The run in {folder} can't continue with other arguments: {'; '.join(changed)}. "
             "Use the same ones, or another output_dir."
         )
-    again = [name for name in differing if name.startswith(("phase_b_", "adapter_ratio"))]
+    again = [name for name in differing if name.startswith(("phase_b_", "adapter_ratio", "head"))]
     if again:
         logger.warning(f"Phase A continues, and phase B is trained with another {', '.join(again)}.")
 

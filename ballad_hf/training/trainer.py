@@ -30,6 +30,7 @@ from ..hub.push import CheckpointPusher, check_push, push_model_directory
 from .arguments import BalladTrainingArguments, PhaseAArguments
 from .callbacks import TrainingEvents
 from .checkpoints import PhaseAResult
+from .heads import HeadChoice, choose_head
 from .phase_a import train_phase_a
 from .phase_a_setup import check_before_training
 from .phase_b import PhaseBResult, train_phase_b, views_per_image
@@ -118,6 +119,7 @@ class BalladTrainer:
         )
         self.phase_a: PhaseAResult | None = None
         self.phase_b: PhaseBResult | None = None
+        self.head_choice: HeadChoice | None = None
         self._card: Any = None
         self._is_prepared = False
         self._in_train = False
@@ -147,6 +149,8 @@ class BalladTrainer:
         if self._is_prepared:
             return
         args, train_dataset = self.args, self._train_dataset()
+        if args.head == "auto":
+            _check_head_can_be_chosen(args.phase_b.views, self.eval_dataset)
         resume = bool(resume_from_checkpoint) or args.resume == "auto"
         if self.accelerator.is_main_process:
             claim_run_directory(
@@ -221,14 +225,21 @@ class BalladTrainer:
         return self.phase_a
 
     def train_phase_b(self) -> PhaseBResult:
-        """Features of the frozen towers, then the adapter on balanced samples; see [`train_phase_b`]."""
+        """Features of the frozen towers, then the adapter on balanced samples; see [`train_phase_b`].
+
+        With `args.head="auto"` the best head follows, see [`choose_head`]; `head_choice` says which and why.
+        """
         self.prepare()
         args = self.args
         table = self.extract_features(self._train_dataset(), train=True)
         eval_table = None if self.eval_dataset is None else self.extract_features(self.eval_dataset)
+        start = self.model.adapter.linear.weight.detach().clone()  # (dim, dim)
         self.phase_b = train_phase_b(
             self.model, table, args.phase_b, eval_table=eval_table, seed=args.seed, callbacks=self.events
         )
+        if args.head == "auto" and eval_table is not None:
+            self.head_choice = choose_head(self.model, table, eval_table, start, seed=args.seed)
+            logger.info(self.head_choice.to_text())
         self._end_unless_in_train()
         return self.phase_b
 
@@ -439,6 +450,19 @@ class _PushCheckpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, checkpoint: Path, **kwargs: Any) -> None:
         self.pusher.submit(checkpoint)
+
+
+def _check_head_can_be_chosen(views: int | str, eval_dataset: ImageDataset | None) -> None:
+    if eval_dataset is None:
+        raise ValueError(
+            "head is 'auto', but there is no validation split to choose on: give an eval_dataset "
+            "(--validation_fraction above 0), or set head to 'adapter'."
+        )
+    if views == "balanced":
+        raise ValueError(
+            "head is 'auto', but phase_b_views is 'balanced', which fits the draws of phase B alone: give a number of "
+            "views, or set head to 'adapter'."
+        )
 
 
 def _warn_of_gentle_settings(model: BalladForImageClassification, args: PhaseAArguments) -> None:
