@@ -211,7 +211,8 @@ def test_the_best_head_beyond_noise_is_put_into_the_model(model, encoder, train_
     without = BalladTrainer(model, arguments(tmp_path / "other", head="auto"), train_dataset, None, encoder)
     with pytest.raises(ValueError, match="head is 'auto'.*validation_fraction"):
         without.prepare()
-    args = arguments(tmp_path / "views", head="auto", phase_b={"views": "balanced"})
+    args = arguments(tmp_path / "views", head="auto")
+    args.phase_b.views = "balanced"
     with pytest.raises(ValueError, match="phase_b_views is 'balanced'"):
         BalladTrainer(model, args, train_dataset, eval_dataset, encoder).prepare()
 
