@@ -167,3 +167,11 @@ def test_a_resumed_run_keeps_the_settings_that_were_chosen_when_it_began(tmp_pat
     options = ["my_images", "--output_dir", str(tmp_path), "--resume"]
     assert parse_arguments([*options, "auto"]).training.phase_a.epochs == 7
     assert parse_arguments([*options, "never"]).training.phase_a.epochs == PhaseAArguments().epochs
+
+
+def test_a_slow_evaluation_moves_the_deadline_of_phase_a(model, splits):
+    _, chosen = plan(model, splits, time_budget=10_000.0, test_images=100)
+    assert chosen.images_after_phase_a == 307 + 200 + 2 * 100  # features, and both evaluations
+    fast, slow = chosen.time_limit(0.001), chosen.time_limit(0.101)
+    assert fast.deadline - slow.deadline == pytest.approx(70.7, abs=0.1)
+    assert plan(model, splits)[1].time_limit(0.001) is None

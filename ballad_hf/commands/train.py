@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.resources
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -140,7 +142,7 @@ def run(arguments: Arguments) -> None:
     from .. import BalladForImageClassification, BalladTrainer, load_image_dataset
     from ..conversion.dual_encoders import check_source
     from ..evaluation.summary import metrics_table, verdict
-    from ..training.plan import TimeBudget, choose_image_size, plan_training
+    from ..training.plan import choose_image_size, plan_training
 
     args = arguments.training
     set_seed(args.seed)
@@ -167,14 +169,17 @@ def run(arguments: Arguments) -> None:
     )
     if trainer.accelerator.is_main_process:
         print(f"\n{plan.to_text()}\n", flush=True)
-    if plan.time_budget is not None:
-        trainer.add_callback(TimeBudget(plan.time_budget - (plan.seconds - plan.phase_a_seconds)))
     trainer.prepare()
 
     split = "test" if "test" in dataset else "validation"
     if split not in dataset:
         raise ValueError("There is no test split, and validation_fraction 0 leaves no validation split to measure on.")
+    started = time.perf_counter()
     stages = {"before training": trainer.predict(dataset[split], split)}
+    images = math.ceil(len(dataset[split]) / trainer.accelerator.num_processes)
+    limit = plan.time_limit((time.perf_counter() - started) / images)
+    if limit is not None:
+        trainer.add_callback(limit)
     trainer.train_phase_a()
     stages["phase A"] = trainer.predict(dataset[split], split)
     phase_b = trainer.train_phase_b()

@@ -132,6 +132,7 @@ class Plan:
         settings: flat names and values that were chosen; those the user gave are not among them.
         seconds: expected for the rest of the run.
         phase_a_seconds: of these, for phase A.
+        images_after_phase_a: images that pass the image tower after phase A, on each process.
         memory_bytes: expected peak on the device.
         time_budget: seconds for the whole run, or `None`.
         lines: title and text of each line.
@@ -141,9 +142,20 @@ class Plan:
     settings: Settings
     seconds: float
     phase_a_seconds: float
+    images_after_phase_a: int
     memory_bytes: int
     time_budget: float | None
     lines: Mapping[str, str]
+
+    def time_limit(self, seconds_per_image: float) -> TimeBudget | None:
+        """What ends phase A in time for what comes after it, or `None` without a budget.
+
+        Args:
+            seconds_per_image: of the image tower, as the evaluation before training took them.
+        """
+        if self.time_budget is None:
+            return None
+        return TimeBudget(self.time_budget - self.images_after_phase_a * seconds_per_image - _OVERHEAD)
 
     def to_text(self) -> str:
         """One block: data, classes, model, device, both phases, time and memory."""
@@ -238,6 +250,7 @@ def plan_training(
         chosen,
         estimate.phase_a + estimate.around,
         estimate.phase_a,
+        estimate.images_after_phase_a,
         estimate.memory_bytes,
         time_budget,
         lines,
@@ -422,11 +435,17 @@ class _Estimate:
     @property
     def around(self) -> float:
         """Seconds of everything but phase A."""
+        before = math.ceil(self.test_images / self.machine.processes)
+        training = self.args.phase_b.epochs * len(self.train) * _PHASE_B_ROW
+        return (before + self.images_after_phase_a) * self.forward_image + training + _OVERHEAD
+
+    @property
+    def images_after_phase_a(self) -> int:
+        """Images that pass the image tower after phase A, on each process: features, and two evaluations."""
         phase_b: PhaseBArguments = self.args.phase_b
         views = phase_b.views if isinstance(phase_b.views, int) else 1
-        evaluated = 3 * self.test_images + views * len(self.train) + self._validation_images
-        training = phase_b.epochs * len(self.train) * _PHASE_B_ROW
-        return evaluated / self.machine.processes * self.forward_image + training + _OVERHEAD
+        images = 2 * self.test_images + views * len(self.train) + self._validation_images
+        return math.ceil(images / self.machine.processes)
 
     @property
     def memory_bytes(self) -> int:
