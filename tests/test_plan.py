@@ -10,8 +10,8 @@ import torch
 from ballad_hf import BalladForImageClassification, BalladTrainingArguments, PhaseAArguments
 from ballad_hf.commands.train import parse_arguments
 from ballad_hf.training.arguments import parse_duration
-from ballad_hf.training.measurement import StepCost, measure_step
-from ballad_hf.training.plan import Machine, TimeBudget, micro_batch_size, plan_training
+from ballad_hf.training.measurement import Machine, StepCost, measure_step
+from ballad_hf.training.plan import TimeBudget, micro_batch_size, plan_training
 
 from .conftest import load_splits
 

@@ -1,21 +1,25 @@
-"""What one step of phase A costs here, measured on a few images: time, and the memory of activations."""
+"""What a step of phase A costs on this machine, measured on a few images, and what a run will take by that."""
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from ..data.prompts import ClassPrompts
 from ..data.samplers import SampleIndex
 from ..data.transforms import train_transform
-from .arguments import PhaseAArguments
+from .arguments import BalladTrainingArguments, PhaseAArguments, PhaseBArguments
 from .optimization import freeze_the_rest, tower_of
 
 
@@ -25,6 +29,49 @@ if TYPE_CHECKING:
 
 _IMAGES, _TEXTS = 8, 16  # of the measured step
 _BF16_GAIN = 1.2  # less is not worth the precision
+OVERHEAD = 20.0  # seconds: report, plots, saving
+_PHASE_B_ROW = 2e-5  # seconds of a row in an epoch of phase B
+BACKWARD_MEMORY = 1.5  # peak of a step over what its forward pass keeps
+_USABLE = {"cuda": 0.85, "cpu": 0.5}  # of the free memory: others use the CPU's too
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where training runs.
+
+    Args:
+        device: `cuda`, `cpu`, ...
+        name: of the device.
+        cores: of the CPU that this process may use.
+        free_bytes: memory of the device.
+        used_bytes: memory that this process has taken on the device.
+        processes: that share the training.
+    """
+
+    device: str
+    name: str
+    cores: int
+    free_bytes: int
+    used_bytes: int
+    processes: int = 1
+
+    @classmethod
+    def here(cls) -> Machine:
+        state = PartialState()
+        device = state.device
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        free, used = psutil.virtual_memory().available, psutil.Process().memory_info().rss
+        name = device.type
+        if device.type == "cuda":
+            free, name = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
+            used = torch.cuda.memory_allocated(device)
+        elif device.type == "cpu":
+            free //= state.num_processes
+        return cls(device.type, name, cores, free, used, state.num_processes)
+
+    @property
+    def usable_bytes(self) -> float:
+        return self.free_bytes * _USABLE.get(self.device, 0.5)
 
 
 @dataclass(frozen=True)
@@ -207,3 +254,106 @@ def _has_bf16(device: torch.device) -> bool:
         is_supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         return is_supported is not None and bool(is_supported())
     return False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Time and memory of a run, from what a step costs."""
+
+    model: Any
+    args: BalladTrainingArguments
+    cost: StepCost
+    machine: Machine
+    train: ImageDataset
+    validation: ImageDataset | None
+    test_images: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, len(self.train) // self.args.phase_a.batch_size)
+
+    @property
+    def forward_image(self) -> float:
+        return self._with_loading(self.cost.forward_seconds)
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        args, cost, machine = self.args.phase_a, self.cost, self.machine
+        share = args.batch_size / machine.processes
+        image = cost.train_seconds
+        in_pieces = args.micro_batch_size is not None and args.micro_batch_size < share
+        if in_pieces and args.loss in ("contrastive", "lade"):
+            image += cost.forward_seconds
+        prompts = texts_per_step(args, len(self.train.class_names)) * len(self.model.config.templates)
+        return share * self._with_loading(image) + prompts * cost.text_seconds / machine.processes
+
+    @property
+    def epoch(self) -> float:
+        """Seconds of an epoch of phase A, with its part of a validation."""
+        return self.steps_per_epoch * self.step + self.validation_seconds / self.args.phase_a.validate_every_epochs
+
+    @property
+    def steps(self) -> int:
+        total = self.args.phase_a.epochs * self.steps_per_epoch
+        return min(total, self.args.phase_a.max_steps or total)
+
+    @property
+    def phase_a(self) -> float:
+        return self.steps / self.steps_per_epoch * self.epoch + (self.validation_seconds if self.steps else 0)
+
+    @property
+    def around(self) -> float:
+        """Seconds of everything but phase A."""
+        before = math.ceil(self.test_images / self.machine.processes)
+        training = self.args.phase_b.epochs * len(self.train) * _PHASE_B_ROW
+        return (before + self.images_after_phase_a) * self.forward_image + training + OVERHEAD
+
+    @property
+    def images_after_phase_a(self) -> int:
+        """Images that pass the image tower after phase A, on each process: features, and two evaluations."""
+        phase_b: PhaseBArguments = self.args.phase_b
+        views = phase_b.views if isinstance(phase_b.views, int) else 1
+        images = 2 * self.test_images + views * len(self.train) + self._validation_images
+        return math.ceil(images / self.machine.processes)
+
+    @property
+    def memory_bytes(self) -> int:
+        args, cost = self.args.phase_a, self.cost
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        used = max(self.machine.used_bytes, weights)
+        if not self.steps:
+            return int(used + self.args.eval_batch_size * cost.activation_bytes / 8)
+        share = max(1, args.batch_size // self.machine.processes)
+        images = min(share, args.micro_batch_size or share)
+        texts = min(texts_per_step(args, len(self.train.class_names)), 8 * images) * cost.text_bytes
+        return int(used + fixed_bytes(args, cost) + BACKWARD_MEMORY * (images * cost.activation_bytes + texts))
+
+    @property
+    def _validation_images(self) -> int:
+        return 0 if self.validation is None else len(self.validation)
+
+    @property
+    def validation_seconds(self) -> float:
+        return self._validation_images / self.machine.processes * self.forward_image
+
+    def _with_loading(self, seconds: float) -> float:
+        """Seconds of an image, with the part of reading it that does not go on at the same time."""
+        workers, load = self.args.num_workers, self.cost.load_seconds
+        if not workers:
+            return seconds + load
+        if self.machine.device == "cuda":
+            return max(seconds, load / workers)
+        return max(seconds, load / workers) + load / self.machine.cores  # the same cores do both
+
+
+def fixed_bytes(args: PhaseAArguments, cost: StepCost) -> int:
+    """Memory of a training beside the weights and activations: gradients, optimizer, averages and kept weights."""
+    copies = 2 + (2 if args.optimizer == "adamw" else 1) + (args.ema_decay is not None)
+    return copies * cost.trained_bytes
+
+
+def texts_per_step(args: PhaseAArguments, classes: int) -> int:
+    if args.train == "image":
+        return 0
+    return min(classes, args.batch_size) if args.loss == "contrastive" else classes

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import psutil
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
@@ -21,8 +20,17 @@ from ..data.image_dataset import ImageDataset, as_image_dataset
 from ..data.long_tail import ShotGroups
 from ..data.transforms import PixelFormat
 from ..models.modeling_joined_towers import JoinedTowersModel
-from .arguments import BalladTrainingArguments, PhaseAArguments, PhaseBArguments
-from .measurement import StepCost, measure_step
+from .arguments import BalladTrainingArguments, PhaseAArguments
+from .measurement import (
+    BACKWARD_MEMORY,
+    OVERHEAD,
+    Estimate,
+    Machine,
+    StepCost,
+    fixed_bytes,
+    measure_step,
+    texts_per_step,
+)
 from .phase_a_setup import check_before_training
 
 
@@ -76,51 +84,8 @@ _STEPS_PER_EPOCH = 4  # at least, on small data
 _SOFT_LIMIT = 3600.0  # seconds of a plan without a budget
 _BUDGET_EPOCHS = 3  # a budget may multiply the epochs by this much; more would not help
 _MARGIN = 0.9  # part of a budget that is planned, as a machine has other work too
-_OVERHEAD = 20.0  # seconds: report, plots, saving
-_PHASE_B_ROW = 2e-5  # seconds of a row in an epoch of phase B
-_BACKWARD_MEMORY = 1.5  # peak of a step over what its forward pass keeps
-_USABLE = {"cuda": 0.85, "cpu": 0.5}  # of the free memory: others use the CPU's too
 _CPU_MICRO_BATCH = 32  # more is no faster on a CPU
 _GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where training runs.
-
-    Args:
-        device: `cuda`, `cpu`, ...
-        name: of the device.
-        cores: of the CPU that this process may use.
-        free_bytes: memory of the device.
-        used_bytes: memory that this process has taken on the device.
-        processes: that share the training.
-    """
-
-    device: str
-    name: str
-    cores: int
-    free_bytes: int
-    used_bytes: int
-    processes: int = 1
-
-    @classmethod
-    def here(cls) -> Machine:
-        state = PartialState()
-        device = state.device
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        free, used = psutil.virtual_memory().available, psutil.Process().memory_info().rss
-        name = device.type
-        if device.type == "cuda":
-            free, name = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
-            used = torch.cuda.memory_allocated(device)
-        elif device.type == "cpu":
-            free //= state.num_processes
-        return cls(device.type, name, cores, free, used, state.num_processes)
-
-    @property
-    def usable_bytes(self) -> float:
-        return self.free_bytes * _USABLE.get(self.device, 0.5)
 
 
 @dataclass(frozen=True)
@@ -155,7 +120,7 @@ class Plan:
         """
         if self.time_budget is None:
             return None
-        return TimeBudget(self.time_budget - self.images_after_phase_a * seconds_per_image - _OVERHEAD)
+        return TimeBudget(self.time_budget - self.images_after_phase_a * seconds_per_image - OVERHEAD)
 
     def to_text(self) -> str:
         """One block: data, classes, model, device, both phases, time and memory."""
@@ -231,7 +196,7 @@ def plan_training(
         fitting = _fitting(args, cost, machine, len(train), len(train.class_names), explicit)
         chosen |= fitting
         args = changed(args, fitting)
-    estimate = _Estimate(model, args, cost, machine, train, validation, test_images)
+    estimate = Estimate(model, args, cost, machine, train, validation, test_images)
     note = ""
     if args.phase_a.epochs and (time_budget is not None or preset != "paper"):
         fitting, note = _fit_in_time(estimate, args, explicit, time_budget, elapsed)
@@ -349,32 +314,20 @@ def micro_batch_size(args: PhaseAArguments, cost: StepCost, machine: Machine, cl
         ValueError: not even one image fits.
     """
     batch = max(1, args.batch_size // machine.processes)
-    room = machine.usable_bytes - _fixed_bytes(args, cost)
-    image = max(1.0, _BACKWARD_MEMORY * cost.activation_bytes)
+    room = machine.usable_bytes - fixed_bytes(args, cost)
+    image = max(1.0, BACKWARD_MEMORY * cost.activation_bytes)
     if image > room:
         raise ValueError(
-            f"Training takes {_size(_fixed_bytes(args, cost) + image)} of memory for one image, but "
+            f"Training takes {_size(fixed_bytes(args, cost) + image)} of memory for one image, but "
             f"{_size(machine.usable_bytes)} can be used: free memory, or set --phase_a_train "
             "projections or --preset quick."
         )
-    texts = _texts_per_step(args, classes) * cost.text_bytes * _BACKWARD_MEMORY
+    texts = texts_per_step(args, classes) * cost.text_bytes * BACKWARD_MEMORY
     couples = args.loss in ("contrastive", "lade")  # a smaller micro-batch costs these a second forward pass
     most = batch if machine.device != "cpu" or couples else _CPU_MICRO_BATCH
     if batch <= most and batch * image + texts <= room:
         return None
     return min(most, batch, 2 ** int(math.log2(max(1.0, (room - min(texts, room / 2)) / image))))
-
-
-def _fixed_bytes(args: PhaseAArguments, cost: StepCost) -> int:
-    """Memory of a training beside the weights and activations: gradients, optimizer, averages and kept weights."""
-    copies = 2 + (2 if args.optimizer == "adamw" else 1) + (args.ema_decay is not None)
-    return copies * cost.trained_bytes
-
-
-def _texts_per_step(args: PhaseAArguments, classes: int) -> int:
-    if args.train == "image":
-        return 0
-    return min(classes, args.batch_size) if args.loss == "contrastive" else classes
 
 
 def _workers(cost: StepCost, machine: Machine, images: int) -> int:
@@ -386,99 +339,8 @@ def _workers(cost: StepCost, machine: Machine, images: int) -> int:
     return min(needed, 16, cores - 1 if machine.device == "cuda" else cores // 2)
 
 
-@dataclass(frozen=True)
-class _Estimate:
-    """Time and memory of a run, from what a step costs."""
-
-    model: Any
-    args: BalladTrainingArguments
-    cost: StepCost
-    machine: Machine
-    train: ImageDataset
-    validation: ImageDataset | None
-    test_images: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return max(1, len(self.train) // self.args.phase_a.batch_size)
-
-    @property
-    def forward_image(self) -> float:
-        return self._with_loading(self.cost.forward_seconds)
-
-    @property
-    def step(self) -> float:
-        """Seconds of a step."""
-        args, cost, machine = self.args.phase_a, self.cost, self.machine
-        share = args.batch_size / machine.processes
-        image = cost.train_seconds
-        in_pieces = args.micro_batch_size is not None and args.micro_batch_size < share
-        if in_pieces and args.loss in ("contrastive", "lade"):
-            image += cost.forward_seconds
-        prompts = _texts_per_step(args, len(self.train.class_names)) * len(self.model.config.templates)
-        return share * self._with_loading(image) + prompts * cost.text_seconds / machine.processes
-
-    @property
-    def epoch(self) -> float:
-        """Seconds of an epoch of phase A, with its part of a validation."""
-        return self.steps_per_epoch * self.step + self._validation / self.args.phase_a.validate_every_epochs
-
-    @property
-    def steps(self) -> int:
-        total = self.args.phase_a.epochs * self.steps_per_epoch
-        return min(total, self.args.phase_a.max_steps or total)
-
-    @property
-    def phase_a(self) -> float:
-        return self.steps / self.steps_per_epoch * self.epoch + (self._validation if self.steps else 0)
-
-    @property
-    def around(self) -> float:
-        """Seconds of everything but phase A."""
-        before = math.ceil(self.test_images / self.machine.processes)
-        training = self.args.phase_b.epochs * len(self.train) * _PHASE_B_ROW
-        return (before + self.images_after_phase_a) * self.forward_image + training + _OVERHEAD
-
-    @property
-    def images_after_phase_a(self) -> int:
-        """Images that pass the image tower after phase A, on each process: features, and two evaluations."""
-        phase_b: PhaseBArguments = self.args.phase_b
-        views = phase_b.views if isinstance(phase_b.views, int) else 1
-        images = 2 * self.test_images + views * len(self.train) + self._validation_images
-        return math.ceil(images / self.machine.processes)
-
-    @property
-    def memory_bytes(self) -> int:
-        args, cost = self.args.phase_a, self.cost
-        weights = sum(parameter.nbytes for parameter in self.model.parameters())
-        used = max(self.machine.used_bytes, weights)
-        if not self.steps:
-            return int(used + self.args.eval_batch_size * cost.activation_bytes / 8)
-        share = max(1, args.batch_size // self.machine.processes)
-        images = min(share, args.micro_batch_size or share)
-        texts = min(_texts_per_step(args, len(self.train.class_names)), 8 * images) * cost.text_bytes
-        return int(used + _fixed_bytes(args, cost) + _BACKWARD_MEMORY * (images * cost.activation_bytes + texts))
-
-    @property
-    def _validation_images(self) -> int:
-        return 0 if self.validation is None else len(self.validation)
-
-    @property
-    def _validation(self) -> float:
-        return self._validation_images / self.machine.processes * self.forward_image
-
-    def _with_loading(self, seconds: float) -> float:
-        """Seconds of an image, with the part of reading it that does not go on at the same time."""
-        workers, load = self.args.num_workers, self.cost.load_seconds
-        if not workers:
-            return seconds + load
-        if self.machine.device == "cuda":
-            return max(seconds, load / workers)
-        return max(seconds, load / workers) + load / self.machine.cores  # the same cores do both
-
-
 def _fit_in_time(
-    estimate: _Estimate,
+    estimate: Estimate,
     args: BalladTrainingArguments,
     explicit: Collection[str],
     time_budget: float | None,
@@ -500,10 +362,10 @@ def _fit_in_time(
             f"{epochs} instead of {wanted} epochs of phase A, as one takes {_duration(estimate.epoch)} here: set "
             "--phase_a_epochs or --time_budget for more."
         )
-    room = _MARGIN * (time_budget - elapsed) - estimate.around - estimate._validation
+    room = _MARGIN * (time_budget - elapsed) - estimate.around - estimate.validation_seconds
     fits = room / estimate.epoch  # epochs
     if fits < 1:
-        needed = elapsed + (estimate.around + estimate._validation + estimate.epoch) / _MARGIN
+        needed = elapsed + (estimate.around + estimate.validation_seconds + estimate.epoch) / _MARGIN
         raise ValueError(
             _too_short(
                 time_budget,
@@ -547,7 +409,7 @@ def _lines(
     args: BalladTrainingArguments,
     machine: Machine,
     cost: StepCost,
-    estimate: _Estimate,
+    estimate: Estimate,
     time_budget: float | None,
 ) -> dict[str, str]:
     splits = {"training": len(train), "validation": 0 if validation is None else len(validation), "test": test_images}
@@ -576,7 +438,7 @@ def _lines(
     }
 
 
-def _phase_a_line(args: PhaseAArguments, estimate: _Estimate) -> str:
+def _phase_a_line(args: PhaseAArguments, estimate: Estimate) -> str:
     if not args.epochs:
         return "left out"
     micro = "" if args.micro_batch_size is None else f" (micro-batch {args.micro_batch_size})"
