@@ -239,7 +239,18 @@ def read_yaml(
 
 
 class _PlainYaml(yaml.SafeLoader):
-    """YAML without aliases, with which a file of a kilobyte unfolds to any size."""
+    """YAML of what JSON can hold, without aliases, with which a file of a kilobyte unfolds to any size."""
+
+    yaml_constructors = {
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or str(tag).rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+    }
+    # Dates stay text.
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -357,6 +368,20 @@ def check_regular_file(path: str | os.PathLike[str]) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is not a regular file (it is a folder, a pipe or a device).")
     return status.st_size
+
+
+def check_regular_files(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder with a pipe or a device anywhere in it, for libraries that would open it and wait.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for where, _, names in os.walk(folder):
+        for name in sorted(names):
+            path = os.path.join(where, name)
+            # A link that leads nowhere is left to whoever needs the file.
+            if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
+                raise ValueError(f"{path} is a pipe or a device, which would be waited for: remove it.")
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

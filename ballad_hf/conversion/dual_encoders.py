@@ -5,10 +5,11 @@ The Hub is asked once and briefly whether it answers, before its client tries fi
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ from .layouts import (
     strip_data_parallel,
     to_openai_names,
 )
-from .model_folders import check_model_folder
+from .model_folders import check_config_numbers, check_model_folder
 
 
 if TYPE_CHECKING:
@@ -246,7 +247,9 @@ def load_tokenizer(
             )
         source, hub = OPENAI_TOKENIZER, {}
     try:
-        return _fitting(AutoTokenizer.from_pretrained(source, **hub), vocab_size)
+        with _damage_named("tokenizer", source):
+            tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+        return _fitting(tokenizer, vocab_size)
     except OSError as error:
         raise OSError(
             f"The tokenizer {str(source)!r} can't be loaded: pass tokenizer= with a tokenizer, a folder, or OpenAI's "
@@ -268,7 +271,8 @@ def load_image_processor(name_or_path: str | os.PathLike, clip_config: PreTraine
         return clip_image_processor(clip_config.vision_config.image_size)
     open_clip_config = _find(name_or_path, CONFIG_FILE, hub) if find_model_type(name_or_path, hub) is None else None
     if open_clip_config is None:
-        return AutoImageProcessor.from_pretrained(name_or_path, **hub)
+        with _damage_named("image processor", name_or_path):
+            return AutoImageProcessor.from_pretrained(name_or_path, **hub)
     preprocess_cfg = read_json(open_clip_config).get("preprocess_cfg") or {}
     return clip_image_processor(clip_config.vision_config.image_size, **image_processor_values(preprocess_cfg))
 
@@ -376,7 +380,8 @@ def processor_of(model: BalladForImageClassification) -> ProcessorMixin | ImageO
     try:
         if model.name_or_path:
             revision = getattr(model.config, "_commit_hash", None)
-            found = AutoProcessor.from_pretrained(model.name_or_path, revision=revision)
+            with _damage_named("processor", model.name_or_path):
+                found = AutoProcessor.from_pretrained(model.name_or_path, revision=revision)
             if isinstance(found, BaseImageProcessor):
                 return ImageOnlyProcessor(found)
             if getattr(found, "image_processor", None) is not None:
@@ -390,6 +395,20 @@ def processor_of(model: BalladForImageClassification) -> ProcessorMixin | ImageO
         "pass processing_class=CLIPProcessor(image_processor, tokenizer), or save both beside the model. "
         f"{' '.join(reasons)}".rstrip()
     )
+
+
+@contextlib.contextmanager
+def _damage_named(what: str, source: object) -> Iterator[None]:
+    """Name the model whose tokenizer or image processor is damaged: their parsers raise whatever they ran into."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"The {what} of {source} can't be loaded ({type(error).__name__}: {error}): its files are damaged or "
+            "incomplete; save the model again, or download it again."
+        ) from error
 
 
 def check_interface(clip: PreTrainedModel) -> None:
@@ -417,8 +436,13 @@ def _load_transformers(name_or_path: str | os.PathLike, model_type: str, **kwarg
         check_model_folder(Path(name_or_path, kwargs.get("subfolder") or ""))
     try:
         clip, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {name_or_path} are no safetensors file, or truncated: {error}") from error
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"The weights in {name_or_path} are damaged or do not fit its config: download or save the model again. "
+            f"({error})"
+        ) from error
     check_interface(clip)
     if info["missing_keys"]:
         raise ValueError(
@@ -436,7 +460,10 @@ def _load_open_clip(name_or_path, config_file: str, hub: dict, kwargs: dict) -> 
     weights = next((file for file in found if file is not None), None)
     if weights is None:
         raise FileNotFoundError(f"{name_or_path} has an {CONFIG_FILE}, but none of {', '.join(WEIGHT_FILES)}.")
-    config = config_from_open_clip(read_json(config_file).get("model_cfg") or {})
+    described = read_json(config_file)
+    check_config_numbers(config_file, described, os.path.getsize(weights))
+    with _damage_named("config", config_file):
+        config = config_from_open_clip(described.get("model_cfg") or {})
     state = to_openai_names(read_checkpoint(weights))
     model = model_from_state(state, config, str(name_or_path), _as_dtype(kwargs.get("dtype", torch.float32)))
     model.config.name_or_path = str(name_or_path)

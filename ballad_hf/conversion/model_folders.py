@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel
 
-from ..files import read_json, read_safetensors_header
+from ..files import check_regular_files, read_json, read_safetensors_header
 
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,10 +40,7 @@ def check_model_folder(folder: str | os.PathLike) -> None:
         ValueError: names the file, what is wrong with it, and the remedy.
     """
     folder = Path(folder)
-    for entry in sorted(folder.iterdir()):
-        # A link that leads nowhere is left to whoever needs the file.
-        if entry.exists() and not (entry.is_dir() or stat.S_ISREG(entry.stat().st_mode)):
-            raise ValueError(f"{entry} is a pipe or a device, which would be waited for: remove it.")
+    check_regular_files(folder)
     path = folder / "config.json"
     if not path.is_file():
         return
@@ -56,14 +52,28 @@ def check_model_folder(folder: str | os.PathLike) -> None:
     for file in files:
         shapes |= read_safetensors_header(file)
     size = sum(file.stat().st_size for file in files)
-    for name, number in _numbers(config):
-        limit = _MAX_LAYERS if _LAYERS.search(name) else max(size, _ALWAYS_ALLOWED)
-        if abs(number) > limit:
-            raise ValueError(_damaged(path, f"{name} is {number}, which the {size:,} bytes of weights don't allow"))
+    check_config_numbers(path, config, size)
     stored = sum(math.prod(shape) for shape in shapes.values())
     promised = _promised_values(folder, path)
     if promised > 2 * stored + _ALWAYS_ALLOWED:
         raise ValueError(_damaged(path, f"it promises {promised:,} weights, but there are {stored:,}"))
+
+
+def check_config_numbers(path: str | os.PathLike, config: Mapping[str, Any], size: int) -> None:
+    """Refuse a config with a number that no model has whose weights take so many bytes.
+
+    Args:
+        path: of the config.
+        config: what it holds.
+        size: bytes of the weights.
+
+    Raises:
+        ValueError: names the number and its place.
+    """
+    for name, number in _numbers(config):
+        limit = _MAX_LAYERS if _LAYERS.search(name) else max(size, _ALWAYS_ALLOWED)
+        if abs(number) > limit:
+            raise ValueError(_damaged(path, f"{name} is {number}, which the {size:,} bytes of weights don't allow"))
 
 
 def _promised_values(folder: Path, path: Path) -> int:
@@ -106,5 +116,5 @@ def _numbers(content: Any, name: str = "") -> Iterator[tuple[str, int]]:
         yield name, content
 
 
-def _damaged(path: Path, reason: str) -> str:
+def _damaged(path: str | os.PathLike, reason: str) -> str:
     return f"{path} is damaged ({reason}): save the model again, or download it again."

@@ -455,5 +455,5 @@ def missing_rows(root: Path, paths: Sequence[str]) -> np.ndarray:
 def _file_names(folder: Path) -> set[str]:
     try:
         return {entry.name for entry in os.scandir(folder)}
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a path with a null byte
         return set()

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
+from ..files import check_regular_file, check_regular_files
 from .class_names import ClassNames, shown_class_names
 from .image_dataset import (
     ImageDataset,
@@ -43,6 +44,7 @@ _MOST_OF_A_CLASS = 0.25
 # class that are held out.
 _DIGITS_IMBALANCE = 50
 _DIGITS_SIZE = 32
+_MOST_ROWS_A_BYTE = 1000  # rows of one image, repeated, take next to nothing
 _DIGITS_TEST, _DIGITS_VALIDATION = 50, 20
 _DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -308,6 +310,8 @@ def _load_columns(path: Path, name: str, config_name: str | None, revision: str 
     """A parquet file, a folder for which [`_is_columns_folder`] holds, or a dataset of the Hub."""
     import datasets
 
+    if path.is_dir():
+        check_regular_files(path)
     try:
         if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
             loaded: Any = datasets.load_from_disk(name)
@@ -328,8 +332,11 @@ def _load_columns(path: Path, name: str, config_name: str | None, revision: str 
     except datasets.exceptions.DatasetGenerationError as error:
         reason = (_differing_columns(path) if path.exists() else None) or error.__cause__ or error
         raise ValueError(f"dataset is {name!r}, which `datasets` can't read: {reason}") from error
-    except ValueError as error:
-        raise ValueError(f"dataset is {name!r}, which `datasets` can't load: {error}") from error
+    # `datasets` raises whatever it ran into where one of its files is damaged.
+    except Exception as error:
+        raise ValueError(
+            f"dataset is {name!r}, which `datasets` can't load ({type(error).__name__}): {error}"
+        ) from error
     return loaded if isinstance(loaded, Mapping) else {"train": loaded}
 
 
@@ -337,15 +344,22 @@ def _parquet_columns(file: Path) -> dict[str, str]:
     """Names and types in the footer of a parquet file.
 
     Raises:
-        ValueError: it is empty, truncated or not parquet.
+        ValueError: it is empty, truncated, not parquet, or promises more rows than it can hold.
     """
     import pyarrow as pa
     import pyarrow.parquet
 
+    size = check_regular_file(file)
     try:
-        schema = pyarrow.parquet.read_schema(file)
+        footer = pyarrow.parquet.read_metadata(file)
+        schema = footer.schema.to_arrow_schema()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} is not a complete parquet file: {error} Replace or remove it.") from error
+    if footer.num_rows > _MOST_ROWS_A_BYTE * size:
+        raise ValueError(
+            f"{file} promises {footer.num_rows:,} rows of images in {size:,} bytes: it is damaged, or made to fill "
+            "the memory. Download it again, from a source that you trust."
+        )
     return {field.name: str(field.type) for field in schema}
 
 

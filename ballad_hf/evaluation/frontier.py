@@ -151,7 +151,9 @@ class Frontier:
             ValueError: it is damaged, or no frontier.
         """
         try:
-            return cls.from_dict(read_json(path))
+            frontier = cls.from_dict(read_json(path))
+            _check_types(frontier)
+            return frontier
         except (LookupError, TypeError) as error:
             raise ValueError(f"{path} is no frontier of a sweep ({error!r}): run the sweep again.") from error
 
@@ -170,6 +172,17 @@ class Frontier:
             metrics = [percent(point.accuracies.get(group)) for group in groups]
             lines.append(["*" if index == self.chosen else " ", *metrics, point.label])
         return align(lines)
+
+
+def _check_types(frontier: Frontier) -> None:
+    for point in frontier.points:
+        if not isinstance(point.accuracies, Mapping):
+            raise TypeError(f"accuracies are {point.accuracies!r}")
+        values = [point.ratio, *(value for value in point.accuracies.values() if value is not None)]
+        if not all(isinstance(value, int | float) for value in values) or not isinstance(point.settings, Mapping):
+            raise TypeError(f"a point is {point}")
+    if frontier.chosen is not None and frontier.chosen not in range(len(frontier.points)):
+        raise LookupError(f"chosen is {frontier.chosen!r}")
 
 
 def plot_frontier(frontier: Frontier) -> Figure:
