@@ -158,3 +158,12 @@ def test_the_timer(monkeypatch):
     timer.restart()
     assert not timer.due_by_clock()
     assert not CheckpointTimer().due_by_steps(1)
+
+
+def test_a_changed_state_is_refused_as_changed_tensors_are(tmp_path):
+    store = CheckpointStore(tmp_path)
+    path = store.save(1, tensors(1), {"best": 0.25})
+    state = path / "state.json"
+    state.write_text(state.read_text().replace("0.25", "0.75"))
+    with pytest.raises(ValueError, match=r"checksum of state\.json does not match"):
+        store.load(path)

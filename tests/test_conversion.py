@@ -17,7 +17,7 @@ from ballad_hf import (
 from ballad_hf.conversion.convert import convert_open_clip, convert_to_clip, convert_to_vision_only, whole_folder
 from ballad_hf.hub.model_directory import save_model_directory
 
-from .conftest import CLASS_NAMES
+from .conftest import CLASS_NAMES, files_up_to
 from .reference import (
     KINDS,
     TEXT_HEADS,
@@ -295,3 +295,9 @@ def test_the_open_clip_converter_keeps_the_preprocessing(tmp_path):
     folder = convert_open_clip(source, tmp_path / "clip", tokenizer=False)
     assert_is_the_original(CLIPModel.from_pretrained(folder), "vit")
     assert AutoImageProcessor.from_pretrained(folder).image_mean == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(bundle, tmp_path):
+    with files_up_to(100_000), pytest.raises(OSError, match=r"Could not write .*out: .*Free some space"):
+        convert_to_clip(bundle, tmp_path / "out")
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]

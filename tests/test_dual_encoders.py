@@ -472,3 +472,21 @@ def test_a_cached_model_needs_no_hub(tmp_path):
     (snapshot / "config.json").write_text("{}")
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     check_model_source("nobody/nothing", hub={"cache_dir": str(tmp_path)})
+
+
+def test_a_damaged_tokenizer_is_named(clip_folder):
+    (clip_folder / "tokenizer.json").write_text('{"model": 5}')
+    clip = load_dual_encoder(clip_folder)
+    with pytest.raises(ValueError, match="tokenizer of .*tiny-clip can't be loaded.*download it again"):
+        load_tokenizer(clip_folder, clip.config)
+
+
+def test_merges_that_unfold_without_end_are_read_up_to_a_limit(tmp_path, tiny_clip):
+    with gzip.open(tmp_path / "merges.txt.gz", "wb", compresslevel=1) as file:
+        for _ in range(40):
+            file.write(b"a" * 2**20)
+    with pytest.raises(ValueError, match="not its merges"):
+        load_tokenizer(tmp_path / "merges.txt.gz", tiny_clip.clip.config)
+    (tmp_path / "merges.txt.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match=r"merges\.txt\.gz can't be read"):
+        load_tokenizer(tmp_path / "merges.txt.gz", tiny_clip.clip.config)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from ballad_hf.files import (
     StagingFolder,
     check_regular_file,
+    check_regular_files,
     explain_full_disk,
     read_json,
     read_text,
@@ -21,6 +22,7 @@ from ballad_hf.files import (
     sha256_of,
     write_json,
     write_text,
+    write_yaml,
 )
 
 
@@ -101,6 +103,49 @@ def test_yaml_may_be_empty_but_not_of_another_type(tmp_path):
     path.write_text("a: [")
     with pytest.raises(ValueError, match="not valid YAML"):
         read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: &x [1]\nb: *x\n", "has an alias"),
+        ("a: &x [*x]\n", "has an alias"),
+        ("a: !!bool x\n", "not valid YAML"),
+        ("a: !!binary AAAA\n", "not valid YAML"),
+        ("a: " + "1" * 5000 + "\n", "4300 digits"),
+        ("[" * 10_000, "not valid YAML"),
+    ],
+)
+def test_yaml_holds_what_json_can_and_unfolds_to_no_more_than_it_says(tmp_path, content, message):
+    path = tmp_path / "arguments.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_yaml(path)
+    assert str(path) in str(caught.value)
+
+
+def test_dates_of_yaml_are_text_and_values_that_are_shared_are_written_out(tmp_path):
+    path, shared = tmp_path / "arguments.yaml", [1, 2]
+    path.write_text("day: 2020-01-31\n")
+    assert read_yaml(path) == {"day": "2020-01-31"}
+    write_yaml(path, {"a": shared, "b": shared})
+    assert read_yaml(path) == {"a": [1, 2], "b": [1, 2]}
+
+
+def test_a_number_of_too_many_digits_is_no_valid_json(tmp_path):
+    path = tmp_path / "state.json"
+    path.write_text('{"step": ' + "1" * 5000 + "}")
+    with pytest.raises(ValueError, match=r"state\.json is not valid JSON.*4300 digits"):
+        read_json(path)
+
+
+def test_a_folder_with_a_pipe_is_refused(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "nowhere").symlink_to("absent")
+    check_regular_files(tmp_path)
+    os.mkfifo(tmp_path / "deep" / "data.arrow")
+    with pytest.raises(ValueError, match=r"data\.arrow is a pipe"):
+        check_regular_files(tmp_path)
 
 
 def test_sizes_are_checked_before_reading(tmp_path):

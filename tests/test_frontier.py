@@ -85,3 +85,15 @@ def test_the_picture_shows_frontier_and_choice(tmp_path):
     files = save_frontier(FOUR, tmp_path)
     assert files[1].read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in save_frontier(Frontier([point(None, 0.5)]), tmp_path / "b")] == ["frontier.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[1]", "{}", '{"points": [3], "chosen": null}', '{"points": [], "chosen": 0}']
+    + ['{"points": [{"ratio": "x", "accuracies": {}}], "chosen": null}']
+    + ['{"points": [{"ratio": 1, "accuracies": 5}], "chosen": null}'],
+)
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / "frontier.json").write_text(content)
+    with pytest.raises(ValueError, match=r"frontier\.json"):
+        Frontier.load(tmp_path / "frontier.json")

@@ -306,3 +306,14 @@ def test_pictures_in_a_column_are_looked_at_too(folder):
         check_images({"train": as_image_dataset(stored)})
     assert "image 1 can't be read" in str(raised.value)
     assert "image 2 can't be read: it is empty" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.png"])
+def test_postscript_is_never_run(tmp_path, name, monkeypatch):
+    def run(*_):
+        raise AssertionError("Ghostscript was called")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", run)
+    Image.new("RGB", (8, 8)).save(tmp_path / name, "EPS")
+    with pytest.raises(UnreadableImageError, match=f"{name} can't be read: it is not an image that Pillow knows"):
+        open_image(tmp_path / name)

@@ -564,3 +564,21 @@ def test_validation_comes_before_test_where_a_class_has_two_images(tmp_path):
     splits = load_splits(tmp_path, test_fraction=None)
     assert splits.test is None
     assert len(splits.validation) == len(splits.train) == 2
+
+
+def test_a_parquet_file_that_promises_more_rows_than_it_can_hold_is_refused(tmp_path):
+    table = pa.table({"image": pa.nulls(5_000_000, pa.binary()), "label": pa.nulls(5_000_000)})
+    pyarrow.parquet.write_table(table, tmp_path / "bomb.parquet", row_group_size=5_000_000)
+    with pytest.raises(ValueError, match=r"bomb\.parquet promises 5,000,000 rows of images in"):
+        load_image_dataset(str(tmp_path / "bomb.parquet"))
+
+
+def test_a_damaged_saved_dataset_or_a_pipe_in_it_is_named(tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [b"x"], "label": [0]})
+    rows.save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "state.json").write_text('{"_data_files": 5}')
+    with pytest.raises(ValueError, match="saved'"):
+        load_image_dataset(str(tmp_path / "saved"))
+    os.mkfifo(tmp_path / "saved" / "more.arrow")
+    with pytest.raises(ValueError, match=r"more\.arrow is a pipe"):
+        load_image_dataset(str(tmp_path / "saved"))

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..files import explain_full_disk
 from ..models.modeling_ballad import BalladForImageClassification, check_finite_weights
 from .checkpoint_files import read_checkpoint
 from .dual_encoders import (
@@ -224,6 +225,7 @@ def whole_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `output_dir` is not empty.
+        OSError: the disk is full; names `output_dir`.
     """
     output = Path(output_dir)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -232,7 +234,8 @@ def whole_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
     temporary = output.parent / f".{output.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     try:
-        yield temporary
+        with explain_full_disk(output):
+            yield temporary
         if output.exists():
             output.rmdir()  # empty: seen above
         temporary.rename(output)

@@ -1,7 +1,7 @@
 """Thousands of damaged files: each ends in a right result or in an error that says what is wrong.
 
-BALLAD_FAULT_CASES sets how many cases an area gets. A case follows from its area and number alone, and a failure prints
-the options that repeat it: `python -m tests.faults.run --area AREA --first NUMBER --cases 1`.
+BALLAD_FAULT_CASES sets how many cases an area gets. A case follows from its area and number alone, and a failure
+prints the options that repeat it: `python -m tests.faults.run --area AREA --first NUMBER --cases 1`.
 """
 
 import json
