@@ -334,9 +334,8 @@ def _load_columns(path: Path, name: str, config_name: str | None, revision: str 
         raise ValueError(f"dataset is {name!r}, which `datasets` can't read: {reason}") from error
     # `datasets` raises whatever it ran into where one of its files is damaged.
     except Exception as error:
-        raise ValueError(
-            f"dataset is {name!r}, which `datasets` can't load ({type(error).__name__}): {error}"
-        ) from error
+        reason = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"dataset is {name!r}, which `datasets` can't load: {reason}") from error
     return loaded if isinstance(loaded, Mapping) else {"train": loaded}
 
 
