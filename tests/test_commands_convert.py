@@ -55,6 +55,21 @@ def test_onnx(tiny_ballad, tiny_processor, tmp_path):
     assert (tmp_path / "onnx" / "image_classifier.onnx").is_file()
 
 
+@pytest.mark.slow
+def test_onnx_in_int8_is_calibrated_on_the_runs_dataset(tiny_ballad, tiny_processor, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    folder = save_model_directory(tiny_ballad, tmp_path / "model", tiny_processor)
+    with pytest.raises(ValueError, match=r"--quantize int8"):
+        main(["onnx", str(folder), str(tmp_path / "onnx"), "--dataset", "digits"])
+    with pytest.raises(ValueError, match=r"name a dataset with --dataset"):
+        main(["onnx", str(folder), str(tmp_path / "onnx"), "--quantize", "int8"])
+    assert not (tmp_path / "onnx").exists()
+    (folder / "arguments.yaml").write_text("dataset: digits\nimbalance_factor: 20\nseed: 3\n")
+    main(["onnx", str(folder), str(tmp_path / "onnx"), "--quantize", "int8", "--num-calibration-samples", "16"])
+    graph = onnx.load(tmp_path / "onnx" / "image_classifier.onnx").graph
+    assert "QuantizeLinear" in {node.op_type for node in graph.node}
+
+
 def test_mistakes_leave_nothing_behind(tmp_path):
     (tmp_path / "notes.pt").write_text("these are no weights")
     with pytest.raises(ValueError, match=r"notes.pt is no checkpoint"):

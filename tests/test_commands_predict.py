@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ballad_hf.commands.predict import PredictionFile, find_images, main, name_in_file
+from ballad_hf import load_image_dataset
+from ballad_hf.commands.predict import PredictionFile, find_images, main, name_in_file, pixel_values
 from ballad_hf.hub.model_directory import save_model_directory
 from ballad_hf.inference.export import export_onnx
 
@@ -276,6 +277,31 @@ main({options!r})
             expected = tiny_ballad(pixel_values).logits[0].softmax(-1).tolist()
         scores = {entry["label"]: entry["score"] for entry in row["classes"]}
         assert scores == pytest.approx(dict(zip(tiny_ballad.config.class_names, expected, strict=True)), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_an_int8_folder_is_classified_without_torch(tiny_ballad, tiny_clip, images, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    folder, output = tmp_path / "onnx", tmp_path / "classes.jsonl"
+    digits = load_image_dataset("digits")["train"].select(range(8))
+    export_onnx(tiny_ballad, folder, tiny_clip.image_processor, quantize="int8", calibration_dataset=digits)
+    options = ["predict", str(folder), str(images), "--output", str(output), "--top_k", "5"]
+    code = f"""
+import sys
+from ballad_hf.commands.cli import main
+main({options!r})
+assert "onnxruntime" in sys.modules
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    session = onnxruntime.InferenceSession(folder / "image_classifier.onnx")
+    rules = json.loads((folder / "preprocessor_config.json").read_text())
+    for row in map(json.loads, output.read_text().splitlines()):
+        batch = pixel_values(Image.open(row["file"]).convert("RGB"), rules)[None]
+        logits = torch.from_numpy(session.run(["logits"], {"pixel_values": batch})[0][0])
+        scores = {entry["label"]: entry["score"] for entry in row["classes"]}
+        expected = dict(zip(tiny_ballad.config.class_names, logits.softmax(-1).tolist(), strict=True))
+        assert scores == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.slow

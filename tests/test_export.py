@@ -1,16 +1,21 @@
 """Exports compute what the model computes, in runtimes that know nothing of it."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from ballad_hf.hub.model_directory import save_model_directory
+from ballad_hf.inference import quantization
 from ballad_hf.inference.export import export_onnx, export_program
+from ballad_hf.inference.quantization import calibration_pixels
 from ballad_hf.models.class_embeddings import tokenize_prompts
 
 
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
@@ -129,3 +134,93 @@ def test_a_file_that_computes_something_else_is_not_kept(tiny_ballad, tiny_clip,
     with pytest.raises(RuntimeError, match="nothing was written"):
         export_onnx(tiny_ballad, tmp_path, tiny_clip.image_processor)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def digits(_tiny_clip):
+    """A model whose adapter is fitted to the built-in digits by ridge regression, and their splits."""
+    import copy
+
+    from ballad_hf import BalladForImageClassification, as_image_dataset, load_image_dataset
+    from ballad_hf.data.transforms import evaluation_transform
+
+    splits = load_image_dataset("digits")
+    transform = evaluation_transform(_tiny_clip.image_processor)
+    splits = {name: as_image_dataset(split).with_transform(transform) for name, split in splits.items()}
+    clip, tokenizer = copy.deepcopy(_tiny_clip.clip), _tiny_clip.tokenizer
+    model = BalladForImageClassification.from_dual_encoder(
+        clip, splits["train"].class_names, tokenizer, adapter_ratio=1.0
+    )
+    labels = torch.from_numpy(splits["train"].labels)
+    with torch.no_grad():
+        features = model.clip.get_image_features(pixels_of(splits["train"])).pooler_output
+        gram = features.T @ features
+        gram += 0.001 * gram.diagonal().mean() * torch.eye(len(gram))
+        model.adapter.linear.weight.copy_(torch.linalg.solve(gram, features.T @ model.class_embeds[labels]).T)
+    return model, splits
+
+
+def pixels_of(images) -> torch.Tensor:
+    return torch.stack([images[index]["pixel_values"] for index in range(len(images))])
+
+
+@pytest.mark.numeric
+def test_int8_is_smaller_and_predicts_mostly_the_same(digits, exported, tiny_clip, tmp_path, caplog):
+    model, splits = digits
+    with caplog.at_level("INFO", "ballad_hf"):
+        export_onnx(model, tmp_path, tiny_clip.image_processor, quantize="int8", calibration_dataset=splits["train"])
+    assert "% of the 256 calibration images" in caplog.text
+    file = tmp_path / "image_classifier.onnx"
+    weights = [tensor for tensor in onnx.load(file).graph.initializer if len(tensor.dims) == 2]
+    # The four projections of the attention and the two of the MLP; the head stays in float32.
+    assert sum(tensor.data_type == onnx.TensorProto.INT8 for tensor in weights) == 6
+    # The same architecture in float32, but for the number of classes.
+    assert file.stat().st_size < 0.8 * (exported[1] / "image_classifier.onnx").stat().st_size
+    pixel_values = pixels_of(splits["validation"])
+    with torch.no_grad():
+        expected = model(pixel_values).logits.argmax(-1).numpy()
+    assert len(set(expected)) >= 5  # the same class throughout would be no test
+    (logits,) = onnxruntime.InferenceSession(file).run(["logits"], {"pixel_values": pixel_values.numpy()})
+    assert (logits.argmax(-1) == expected).mean() >= 0.8
+    (alone,) = onnxruntime.InferenceSession(file).run(["logits"], {"pixel_values": pixel_values[:1].numpy()})
+    np.testing.assert_allclose(alone, logits[:1], atol=1e-3)  # no scale depends on the batch
+
+
+def test_the_calibration_images_are_drawn_by_the_seed(digits, tiny_clip):
+    images = digits[1]["train"]
+    drawn = [calibration_pixels(images, tiny_clip.image_processor, 8, seed) for seed in (0, 0, 1)]
+    assert drawn[0].shape == (8, 3, 32, 32)
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+    every = calibration_pixels(images.select(range(5)), tiny_clip.image_processor, 8)
+    np.testing.assert_array_equal(every, pixels_of(images)[:5])
+
+
+def test_int8_needs_calibration_images_and_the_extra(digits, tiny_clip, tmp_path, monkeypatch):
+    model, splits = digits
+    for options, message in (
+        ({"quantize": "int4"}, "'int4': choose 'int8'"),
+        ({"quantize": "int8"}, "calibration_dataset=dataset"),
+        ({"calibration_dataset": splits["train"]}, "quantize is None"),
+        ({"quantize": "int8", "calibration_dataset": splits["train"].select([])}, "There are 0 calibration images"),
+        (
+            {"quantize": "int8", "calibration_dataset": splits["train"], "num_calibration_samples": 0},
+            "num_calibration_samples is 0",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_onnx(model, tmp_path / "onnx", tiny_clip.image_processor, **options)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx" else name)
+    with pytest.raises(ImportError, match=r"needs onnx: pip install 'ballad_hf\[onnx\]'"):
+        export_onnx(
+            model, tmp_path / "onnx", tiny_clip.image_processor, quantize="int8", calibration_dataset=splits["train"]
+        )
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_a_poor_agreement_is_warned_of(exported, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(quantization, "_LEAST_AGREEMENT", 1.01)
+    file = shutil.copy(exported[1] / "image_classifier.onnx", tmp_path)
+    agreement = quantization.quantize_int8(Path(file), pixels(4).numpy())
+    assert agreement in (0, 0.25, 0.5, 0.75, 1)
+    assert [record.levelname for record in caplog.records if "calibration images" in record.message] == ["WARNING"]

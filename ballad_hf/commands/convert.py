@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from .options import OptionParser, load_model
+from ..training.arguments import DataArguments
+from .options import OptionParser, add_dataclass, build, load_model, option, parse_for_model
 
 
 KINDS = {
@@ -20,6 +22,15 @@ KINDS = {
 }
 
 
+@dataclass
+class QuantizationArguments:
+    """Whether to export in 8-bit integers, and what the ranges of the activations are measured on."""
+
+    quantize: Literal["int8"] | None = option("compute in 8-bit integers; default: float32")
+    num_calibration_samples: int = option("training images to measure the activations on", 256)
+    seed: int = option("of their choice, and of a held-out validation split; default: that of the run", 0)
+
+
 def main(options: Sequence[str]) -> None:
     if not options or options[0] in ("-h", "--help"):
         print(_help())
@@ -29,7 +40,8 @@ def main(options: Sequence[str]) -> None:
         close = difflib.get_close_matches(kind, KINDS, n=1)
         suggestion = f"Did you mean {close[0]!r}?" if close else f"Choose one of {', '.join(KINDS)}."
         OptionParser("convert", "").error(f"there is no conversion {kind!r}. {suggestion}")
-    run(kind, **vars(parser_of(kind).parse_args(rest)))
+    parser = parser_of(kind)
+    run(kind, **(_onnx_options(parser, rest) if kind == "onnx" else vars(parser.parse_args(rest))))
 
 
 def parser_of(kind: str) -> OptionParser:
@@ -49,7 +61,25 @@ def parser_of(kind: str) -> OptionParser:
         parser.add_argument("--templates", nargs="+", metavar="TEMPLATE", help="prompts with {} for the class name")
         parser.add_argument("--adapter_ratio", type=float, help="if not 0.2, that of the official code")
         parser.add_argument("--logit_scale", type=float, help="if not 100, that of the official code")
+    if kind == "onnx":
+        add_dataclass(parser, QuantizationArguments, "Quantisation")
+        add_dataclass(
+            parser, DataArguments, "Training images to calibrate on; default: the dataset of the model's run"
+        )
     return parser
+
+
+def _onnx_options(parser: OptionParser, options: Sequence[str]) -> dict[str, Any]:
+    """The options of an export; a dataset only where it is to be quantised."""
+    parser.set_defaults(dataset=None)
+    parsed = vars(parser.parse_args(options))
+    if parsed["quantize"] is not None:
+        parsed = parse_for_model(parser, options, "source")
+    elif parsed["dataset"] is not None:
+        raise ValueError("--dataset is what to calibrate on: add --quantize int8, or leave it out.")
+    settings = build(QuantizationArguments, parsed)
+    data = None if settings.quantize is None else build(DataArguments, parsed)
+    return {"source": parsed["source"], "output_dir": parsed["output_dir"], "settings": settings, "data": data}
 
 
 def run(kind: str, source: str, output_dir: str, **options: Any) -> None:
@@ -83,11 +113,16 @@ def _converter(kind: str) -> Callable[..., Any]:
     return converters[kind]
 
 
-def _export_onnx(source: str, output_dir: str) -> None:
+def _export_onnx(
+    source: str, output_dir: str, settings: QuantizationArguments, data: DataArguments | None = None
+) -> None:
+    from ..data.sources import load_image_dataset
     from ..inference.export import export_onnx
 
     model, processor = load_model(source)
-    export_onnx(model, output_dir, getattr(processor, "image_processor", processor))
+    dataset = None if data is None else load_image_dataset(**vars(data), seed=settings.seed)["train"]
+    image_processor = getattr(processor, "image_processor", processor)
+    export_onnx(model, output_dir, image_processor, calibration_dataset=dataset, **vars(settings))
 
 
 def _megabytes(folder: str) -> str:

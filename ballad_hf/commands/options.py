@@ -63,12 +63,13 @@ def option(help: str, default: Any = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def parse_for_model(parser: OptionParser, options: Sequence[str]) -> dict[str, Any]:
+def parse_for_model(parser: OptionParser, options: Sequence[str], model: str = "model") -> dict[str, Any]:
     """Parse the options of a command on a trained model, with the dataset of its run as the default.
 
     Args:
-        parser: has a `model`, and the options of `DataArguments` and `seed`.
+        parser: has the options of `DataArguments` and `seed`.
         options: the command line.
+        model: name of the argument that is the model.
 
     Returns:
         Names and values. Without `--dataset`, every data option that is not given is that of the run.
@@ -79,7 +80,7 @@ def parse_for_model(parser: OptionParser, options: Sequence[str]) -> dict[str, A
     parser.set_defaults(dataset=None)
     parsed = vars(parser.parse_args(options))
     if parsed["dataset"] is None:
-        parser.set_defaults(**_data_of_run(parsed["model"], set(parsed)))
+        parser.set_defaults(**_data_of_run(parsed[model], set(parsed)))
         parsed = vars(parser.parse_args(options))
     return parsed
 

@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,8 +25,10 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from ..models.class_embeddings import is_fixed_length, tokenize_prompts
 from ..models.modeling_ballad import BalladForImageClassification, check_finite_weights
+from .quantization import calibration_pixels, quantize_int8
 
 
+Quantization = Literal["int8"]
 IMAGE_FILE, TEXT_FILE, CLASSES_FILE = "image_classifier.onnx", "text_encoder.onnx", "classes.json"
 TOLERANCE = 1e-4  # largest difference between torch and the ONNX file, on logits divided by their scale
 
@@ -102,25 +105,37 @@ def export_onnx(
     folder: str | Path,
     image_processor: BaseImageProcessor,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    quantize: Quantization | None = None,
+    calibration_dataset: Any = None,
+    num_calibration_samples: int = 256,
+    seed: int = 0,
 ) -> list[Path]:
     """Write a model as ONNX files, each checked against the model by onnxruntime before it appears.
 
     Args:
         model: with class names set. The classes and the prior correction are frozen in as they are now. In
-            any dtype; the file computes in float32.
+            any dtype; the file computes in float32, unless it is quantised.
         folder: made where it does not exist; gets `image_classifier.onnx` (pixel_values -> logits, any batch size),
             `classes.json` with the names in logit order, and `preprocessor_config.json`. Files of an
             earlier export are replaced.
         image_processor: its image processor.
         tokenizer: give it for `text_encoder.onnx` too (input_ids, attention_mask -> text_embeds, any shape), with
             `tokenizer.json` beside it.
+        quantize: `"int8"`: the image side computes in 8-bit integers, about a quarter of the size and faster on CPUs;
+            see "Other runtimes" in the documentation for what it costs. The text side stays in float32.
+        calibration_dataset: images such as the model will see, for `quantize`: the training split, or anything that
+            `as_image_dataset` takes. The ranges of the activations are measured on them.
+        num_calibration_samples: how many of them to draw.
+        seed: of this choice.
 
     Returns:
         The files.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: a model without class embeddings or without the text tower that the tokenizer asks for.
+        ValueError: a model without class embeddings or without the text tower that the tokenizer asks for; an unknown
+            `quantize`, or one without calibration images.
         RuntimeError: the ONNX file does not compute what the model does; nothing is written.
 
     Example:
@@ -137,12 +152,24 @@ def export_onnx(
     _check_installed()
     if tokenizer is not None and not model.config.has_text_tower:
         raise ValueError("This model has no text tower to export: leave the tokenizer out, or load the full model.")
+    if quantize not in (None, *get_args(Quantization)):
+        raise ValueError(f"quantize is {quantize!r}: choose 'int8', or None for float32.")
+    if (quantize is None) != (calibration_dataset is None):
+        raise ValueError(
+            f"quantize is {quantize!r} and calibration_dataset {'' if calibration_dataset is None else 'not '}None: "
+            "give both, such as quantize='int8', calibration_dataset=dataset['train'], or neither."
+        )
+    copied = _ready(model)
+    pixel_values = None
+    if quantize is not None:
+        pixel_values = calibration_pixels(calibration_dataset, image_processor, num_calibration_samples, seed)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".onnx-", dir=folder))
     try:
-        copied = _ready(model)
         _export_image_side(copied, staging)
+        if pixel_values is not None:
+            quantize_int8(staging / IMAGE_FILE, pixel_values)
         if tokenizer is not None:
             _export_text_side(copied, tokenizer, staging)
         image_processor.save_pretrained(staging)
