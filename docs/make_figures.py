@@ -2,10 +2,11 @@
 
     python docs/make_figures.py
 
-Two are schemes, one is computed from the package's own functions, and one shows the results that MODEL_CARD.md reports
-for the built-in digits.
+Two are schemes, one is computed from the package's own functions, one shows the results that MODEL_CARD.md reports
+for the built-in digits, and one the heads that benchmarks.md compares.
 """
 
+import csv
 import re
 import sys
 from pathlib import Path
@@ -23,6 +24,19 @@ from ballad_hf.data.long_tail import ShotGroups
 
 HERE = Path(__file__).parent
 IMAGE, TEXT, TRAINED, FROZEN, GREY = "#3949ab", "#00897b", "#fb8c00", "#90a4ae", "#455a64"
+HEAD_TITLES = {
+    "zero_shot": "phase A",
+    "linear": "linear probe",
+    "lws": "LWS",
+    "crt": "cRT",
+    "phase_b_official": "phase B as published",
+    "balanced_softmax": "Balanced Softmax",
+    "tau_norm": "tau-normalised",
+    "logit_adjusted": "logit adjustment",
+    "cosine": "cosine, as in LIFT",
+    "phase_b": "phase B",
+}
+HEAD_OFFSETS = {"zero_shot": (9, 0), "linear": (9, -8), "lws": (9, -7), "logit_adjusted": (-9, 1), "cosine": (9, -9)}
 GROUP_COLOURS = {"many": "#3949ab", "medium": "#7986cb", "few": "#fb8c00"}
 # The same bytes on every run.
 STYLE = {"svg.hashsalt": "ballad_hf", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
@@ -123,6 +137,38 @@ def stages() -> plt.Figure:
     return figure
 
 
+def heads() -> plt.Figure:
+    """Few-shot against overall accuracy of every head on one phase A, from the table of the benchmark."""
+    with (HERE / "tables" / "cifar100_lt_lite_100.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["phase_a"] == "class_prompt"]
+    figure, axis = plt.subplots(figsize=(7.2, 4.2))
+    for name, title in HEAD_TITLES.items():
+        runs = [row for row in rows if row["head"] == name]
+        overall, few = ([100 * float(row[metric]) for row in runs] for metric in ("overall", "few"))
+        ours = name == "phase_b"
+        axis.errorbar(
+            np.mean(overall),
+            np.mean(few),
+            xerr=np.std(overall),
+            yerr=np.std(few),
+            fmt="*" if ours else "o",
+            markersize=15 if ours else 7,
+            color=TRAINED if ours else IMAGE,
+        )
+        axis.annotate(
+            title,
+            (np.mean(overall), np.mean(few)),
+            textcoords="offset points",
+            xytext=HEAD_OFFSETS.get(name, (-9, -3)),
+            ha="left" if HEAD_OFFSETS.get(name, (-9, -3))[0] > 0 else "right",
+            weight="bold" if ours else "normal",
+        )
+    axis.set(xlabel="overall accuracy in percent", ylabel="few-shot accuracy in percent")
+    axis.set_title("CIFAR-100-LT, imbalance 100: heads on the same features")
+    axis.grid(alpha=0.25)
+    return figure
+
+
 def digits_results() -> dict[str, list[float]]:
     """Stage -> accuracy of many-, medium-, few-shot and of the worst class, from the table of MODEL_CARD.md."""
     card = (HERE.parent / "MODEL_CARD.md").read_text(encoding="utf-8")
@@ -140,7 +186,7 @@ def digits_results() -> dict[str, list[float]]:
     return rows
 
 
-FIGURES = {"two_phases": two_phases, "adapter": adapter, "sampling": sampling, "stages": stages}
+FIGURES = {"two_phases": two_phases, "adapter": adapter, "sampling": sampling, "stages": stages, "heads": heads}
 
 
 def _box(axis: plt.Axes, x: float, y: float, text: str, colour: str, width: float = 3.2, height: float = 1.8) -> None:
