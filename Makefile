@@ -16,7 +16,7 @@ $(BIN)/activate: setup.cfg constraints.txt
 	touch $@
 
 test: install  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 style: install  ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
