@@ -12,8 +12,8 @@ from PIL import Image
 from ballad_hf import BalladForImageClassification, evaluate
 from ballad_hf.commands.evaluate import main, parse_arguments
 from ballad_hf.conversion.tiny_clip import build_tiny_clip
+from ballad_hf.data.image_dataset import align_labels
 from ballad_hf.data.transforms import five_crop_transform
-from ballad_hf.evaluation.evaluate import align_labels
 from ballad_hf.evaluation.report import read_results
 from ballad_hf.hub.model_directory import save_model_directory
 

@@ -1,5 +1,6 @@
 """Evaluation of a model on a dataset: every image once, for any batch size and number of processes."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,9 +16,9 @@ from ballad_hf import (
     load_image_dataset,
 )
 from ballad_hf.conversion.tiny_clip import build_tiny_clip
-from ballad_hf.data.image_dataset import ImageDataset
+from ballad_hf.data.image_dataset import ImageDataset, align_labels
 from ballad_hf.evaluation import evaluate as evaluation
-from ballad_hf.evaluation.evaluate import align_labels, predict
+from ballad_hf.evaluation.evaluate import predict
 from ballad_hf.hub.model_directory import save_model_directory
 
 from .conftest import load_splits
@@ -177,6 +178,28 @@ def test_classes_in_another_order_are_refused(model):
         evaluate(model, images)
     images.class_names = [*NAMES[:3], "another name", "and another"]
     evaluate(model, images)  # names alone do not have to be the model's
+
+
+def named(images, rows, names=NAMES):
+    """Images as a `datasets.Dataset` whose labels are names."""
+    columns = {"image": [images.image(row) for row in rows], "label": [names[images.labels[row]] for row in rows]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def test_labels_that_are_names_are_matched_with_the_models_classes(model, tiny_processor):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (8, 32, 32, 3), dtype=np.uint8)
+    images = ImageDataset(list(pixels), [4, 4, 0, 3, 3, 4, 0, 3], NAMES)  # no dog, no owl
+    expected = predict(model, images, tiny_processor)
+    texts = named(images, range(8), ["cat", "dog", "owl", "red_fox", "zebra"])
+    given = predict(model, texts, tiny_processor)
+    assert given.labels.tolist() == images.labels.tolist()
+    assert given.predicted.tolist() == expected.predicted.tolist()
+    assert evaluate(model, texts, tiny_processor) == evaluate(model, images, tiny_processor)
+    # In the order of the alphabet "elk" would be number 1, which is the model's "dog".
+    with pytest.raises(ValueError, match="1 of the dataset's 3 classes are not classes of the model, such as elk"):
+        evaluate(model, named(images, range(8), ["cat", "dog", "owl", "elk", "zebra"]), tiny_processor)
 
 
 def test_labels_outside_the_models_classes(model):

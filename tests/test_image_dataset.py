@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from ballad_hf import as_image_dataset
-from ballad_hf.data.image_dataset import ImageDataset, SampleIndex, check_class_order
+from ballad_hf.data.image_dataset import ImageDataset, SampleIndex, check_class_order, match_classes
 from ballad_hf.data.images import UnreadableImageError
 
 
@@ -315,6 +315,23 @@ def test_a_class_with_another_number_than_in_the_model_is_named(images):
     check_class_order(object(), ["a"])
     with pytest.raises(ValueError, match="numbers 2 classes differently from the model, such as 'b'"):
         check_class_order(images, ["a", "c", "b"])
+
+
+def test_names_get_the_numbers_of_the_model_and_numbers_stay(images):
+    items = [{"image": png(level), "label": name} for level, name in enumerate(["owl", "red_fox", "owl"])]
+    names = as_image_dataset(items)
+    assert names.has_named_labels
+    assert names.select([0]).has_named_labels
+    for classes in (["owl", "bee", "red fox"], ["owl", "bee", "red_fox"]):
+        matched = match_classes(names, classes)
+        assert (matched.class_names, matched.labels.tolist()) == (classes, [0, 2, 0])
+    chosen = as_image_dataset(items, class_names=["owl", "bee", "red fox"])
+    assert (chosen.has_named_labels, chosen.labels.tolist()) == (False, [0, 2, 0])
+    with pytest.raises(ValueError, match="not classes of the model, such as red fox"):
+        match_classes(items, ["owl", "fox"])
+    assert match_classes(images, images.class_names) is images
+    with pytest.raises(ValueError, match="differently from the model, such as 'b'"):
+        match_classes(images, ["a", "c", "b"])
 
 
 def test_a_file_that_is_not_regular_is_refused(tmp_path):

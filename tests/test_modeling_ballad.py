@@ -1,6 +1,7 @@
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from transformers import (
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     CLIPModel,
+    Trainer,
+    TrainingArguments,
     pipeline,
 )
 
@@ -294,6 +297,37 @@ def test_peft_trains_and_merges_updates_of_both_towers(tiny_ballad, pixels, tmp_
     again.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = BalladForImageClassification.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(pixels).logits, after, rtol=1e-4, atol=1e-4)
+
+
+def test_the_trainer_of_transformers_trains_and_saves_the_model(tiny_ballad, tmp_path):
+    rng = np.random.default_rng(0)
+    labels = [0] * 12 + [1] * 6
+    shades = np.where(np.array(labels) == 0, -1.0, 1.0)[:, None, None, None]
+    images = (shades + rng.normal(0, 0.1, (18, 3, 32, 32))).astype(np.float32)
+    rows = [
+        {"pixel_values": torch.from_numpy(image), "labels": label, "index": 0}
+        for image, label in zip(images, labels, strict=True)
+    ]
+    args = TrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=6,
+        learning_rate=1e-3,
+        save_strategy="no",
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(tiny_ballad, args, train_dataset=rows, eval_dataset=rows)
+    text, embeds = tiny_ballad.clip.text_projection.weight.clone(), tiny_ballad.class_embeds.clone()
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert after < 0.7 * before
+    assert torch.equal(text, tiny_ballad.clip.text_projection.weight)
+    assert torch.equal(embeds, tiny_ballad.class_embeds)
+    trainer.save_model(tmp_path / "saved")
+    loaded = BalladForImageClassification.from_pretrained(tmp_path / "saved")
+    assert Trainer(loaded, args, eval_dataset=rows).evaluate()["eval_loss"] == pytest.approx(after, rel=1e-5)
 
 
 def test_loading_with_another_number_of_labels_asks_for_their_names(tiny_ballad, tiny_clip, pixels, tmp_path):

@@ -152,6 +152,25 @@ def test_any_map_style_dataset_and_string_labels_will_do(encoder, eval_dataset, 
         assert sorted(trainer.train_dataset.class_counts.tolist()) == [3, 4, 6]
 
 
+def test_labels_that_are_names_get_the_numbers_of_the_model(encoder, tmp_path):
+    def texts(counts, seed, names=NAMES):
+        pictures, labels = images(counts, seed)
+        features = Features({"image": Image(), "label": Value("string")})
+        return Dataset.from_dict({"image": pictures, "label": [names[label] for label in labels]}, features=features)
+
+    # The names in the order of the alphabet are blue, green, red; the model has red, green, blue.
+    model = BalladForImageClassification.from_dual_encoder(encoder.clip, NAMES, encoder.tokenizer)
+    trainer = BalladTrainer(model, arguments(tmp_path), texts([6, 4, 3], 0), texts([2, 2, 0], 1), encoder)
+    assert trainer.train_dataset.class_counts.tolist() == [6, 4, 3]
+    assert trainer.eval_dataset.class_counts.tolist() == [2, 2, 0]
+    numbered = as_dataset([3, 2, 4], 2)
+    assert trainer.evaluate(texts([3, 2, 4], 2)) == pytest.approx(trainer.evaluate(numbered))
+    table = trainer.extract_features(texts([0, 2, 1], 2))
+    assert table.labels.tolist() == [1, 1, 2]
+    with pytest.raises(ValueError, match="not classes of the model, such as grey"):
+        BalladTrainer(model, arguments(tmp_path), texts([6, 4, 3], 0, ["red", "green", "grey"]), None, encoder)
+
+
 def test_callbacks_of_transformers_work(model, encoder, train_dataset, eval_dataset, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     seen = []

@@ -83,9 +83,8 @@ def run(data: DataArguments, options: EvaluationArguments) -> None:
     from accelerate import Accelerator
 
     from .. import LongTailMetrics, load_image_dataset, predict
-    from ..data.image_dataset import as_image_dataset
+    from ..data.image_dataset import align_labels, as_image_dataset
     from ..data.transforms import five_crop_transform
-    from ..evaluation.evaluate import align_labels
     from ..evaluation.report import check_results_folder, write_results
 
     folder = Path(str(options.output_dir))

@@ -195,8 +195,8 @@ def run(arguments: Arguments) -> Path:
 
 def _tables(model: Any, splits: dict[str, Any], processor: Any, arguments: Arguments, accelerator: Any):
     """The feature table of each split."""
+    from ..data.image_dataset import align_labels
     from ..data.transforms import five_crop_transform, train_transform
-    from ..evaluation.evaluate import align_labels
     from ..features.extraction import extract_features
 
     options, phase_b = arguments.sweep, arguments.phase_b

@@ -66,6 +66,7 @@ class ImageDataset(Dataset):
     Attributes:
         labels: (n,) int64.
         class_names: list of str.
+        has_named_labels: the data has class names as labels, and their numbers are merely the alphabetical order.
 
     Example:
 
@@ -75,6 +76,8 @@ class ImageDataset(Dataset):
     >>> images.image(0).mode, images.image(0).size, images.class_counts.tolist()
     ('RGB', (4, 3), [1, 1])
     """
+
+    has_named_labels = False
 
     def __init__(
         self,
@@ -274,8 +277,10 @@ def as_image_dataset(
             f"dataset is a {type(dataset).__name__}: pass a datasets.Dataset, or a map-style dataset of images and "
             "labels; load_image_dataset reads folders, lists and names on the Hub."
         )
-    labels, class_names = _number_classes(values, names, class_names)
-    return ImageDataset(images, labels, class_names)
+    labels, shown = _number_classes(values, names, class_names)
+    wrapped = ImageDataset(images, labels, shown)
+    wrapped.has_named_labels = values.dtype.kind == "U" and shown != class_names
+    return wrapped
 
 
 class ImageColumn:
@@ -329,8 +334,69 @@ def check_class_order(dataset: Any, class_names: Sequence[str]) -> None:
     if moved:
         raise ValueError(
             f"The dataset numbers {len(moved)} classes differently from the model, such as {moved[0]!r}: match them "
-            "by name with align_labels(dataset, model.config.class_names) of ballad_hf.evaluation.evaluate."
+            "by name with align_labels(dataset, model.config.class_names) of ballad_hf.data.image_dataset."
         )
+
+
+def match_classes(dataset: Any, class_names: Sequence[str]) -> ImageDataset:
+    """Wrap a dataset that a model is trained or evaluated on, with the class numbers of the model.
+
+    Args:
+        dataset: whatever [`as_image_dataset`] takes. Labels that are names are matched by name.
+        class_names: the model's class names, in label order.
+
+    Raises:
+        ValueError: a name that the model does not have; integers or `ClassLabel`s that number a class of the model
+            differently.
+    """
+    images = as_image_dataset(dataset)
+    if images.has_named_labels:
+        return align_labels(images, class_names)
+    check_class_order(images, class_names)
+    return images
+
+
+def align_labels(dataset: Any, class_names: Sequence[str]) -> ImageDataset:
+    """Renumber the labels of a dataset to those of a model, matching classes by name.
+
+    Args:
+        dataset: images of some or all of the model's classes.
+        class_names: the model's class names, in label order.
+
+    Returns:
+        A dataset whose `class_names` are the model's; classes missing from the dataset have no images.
+
+    Raises:
+        ValueError: the dataset has classes that the model does not have.
+
+    Example:
+
+    >>> from ballad_hf import as_image_dataset, load_image_dataset
+    >>> from ballad_hf.data.image_dataset import align_labels
+    >>> digits = as_image_dataset(load_image_dataset("digits")["test"])
+    >>> aligned = align_labels(digits, digits.class_names[::-1])
+    >>> bool((aligned.labels == 9 - digits.labels).all())
+    True
+    """
+    dataset = as_image_dataset(dataset)
+    if dataset.class_names == list(class_names):
+        return dataset
+    label_of = {clean_class_name(name): index for index, name in enumerate(class_names)}
+    label_of |= {name: index for index, name in enumerate(class_names)}
+    present = {dataset.class_names[index] for index in np.unique(dataset.labels)}
+    unknown = sorted(present - set(label_of))
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of the dataset's {len(present)} classes are not classes of the model, such as "
+            f"{', '.join(unknown[:5])}; the model's classes are {', '.join(list(class_names)[:5])}, ... Rename the "
+            "classes of the dataset (class_names), or give them to the model with set_class_names."
+        )
+    new_labels = np.array([label_of.get(name, -1) for name in dataset.class_names], dtype=np.int64)
+    aligned = dataset.select(np.arange(len(dataset)))
+    aligned.labels = new_labels[dataset.labels]
+    aligned.class_names = list(class_names)
+    aligned.has_named_labels = False
+    return aligned
 
 
 def _number_classes(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from ..conversion.dual_encoders import processor_of
-from ..data.image_dataset import ImageDataset, as_image_dataset, check_class_order
+from ..data.image_dataset import ImageDataset, as_image_dataset, match_classes
 from ..data.transforms import evaluation_transform
 from ..features.table import FeatureTable, adapted_logits
 from ..models.class_embeddings import evaluation_mode
@@ -50,7 +49,8 @@ def evaluate(
 
     Args:
         model_or_table: a BALLAD model with class embeddings, or a table of its features.
-        dataset: the labelled images, for a model: anything that `as_image_dataset` takes.
+        dataset: the labelled images, for a model: anything that `as_image_dataset` takes. Labels that are names are
+            matched with the model's classes.
         processing_class: a processor or an image processor, which defines the evaluation transform; default: that of
             the dataset, else the processor of the model.
         split: name of the split, such as `"test"`; reports and plots show it.
@@ -68,8 +68,8 @@ def evaluate(
         progress: show a progress bar for a model, on the main process, after two seconds.
 
     Raises:
-        ValueError: an empty dataset, labels outside the model's classes, classes in another order than the model's,
-            logits that are not finite, a model without class embeddings.
+        ValueError: an empty dataset, labels outside the model's classes or names that it does not have, classes in
+            another order than the model's, logits that are not finite, a model without class embeddings.
         RuntimeError: an image that no process evaluated.
 
     Example:
@@ -148,9 +148,7 @@ def predict(
         raise ValueError(f"batch_size is {batch_size}: choose 1 or more.")
     if num_workers < 0:
         raise ValueError(f"num_workers is {num_workers}: choose 0 (load in this process) or more.")
-    dataset = as_image_dataset(dataset)
-    if not unknown:
-        check_class_order(dataset, model.config.class_names)
+    dataset = as_image_dataset(dataset) if unknown else match_classes(dataset, model.config.class_names)
     if transform is None and (processing_class is not None or dataset.transform is None):
         processor = processor_of(model) if processing_class is None else processing_class
         transform = evaluation_transform(getattr(processor, "image_processor", processor))
@@ -164,47 +162,6 @@ def predict(
         if on_logits is not None:
             on_logits(logits, torch.from_numpy(predictions.index))
     return _gathered(shard, len(dataset), accelerator).of_split(dataset.fingerprint(), split)
-
-
-def align_labels(dataset: Any, class_names: Sequence[str]) -> ImageDataset:
-    """Renumber the labels of a dataset to those of a model, matching classes by name.
-
-    Args:
-        dataset: images of some or all of the model's classes.
-        class_names: the model's class names, in label order.
-
-    Returns:
-        A dataset whose `class_names` are the model's; classes missing from the dataset have no images.
-
-    Raises:
-        ValueError: the dataset has classes that the model does not have.
-
-    Example:
-
-    >>> from ballad_hf import as_image_dataset, load_image_dataset
-    >>> from ballad_hf.evaluation.evaluate import align_labels
-    >>> digits = as_image_dataset(load_image_dataset("digits")["test"])
-    >>> aligned = align_labels(digits, digits.class_names[::-1])
-    >>> bool((aligned.labels == 9 - digits.labels).all())
-    True
-    """
-    dataset = as_image_dataset(dataset)
-    if dataset.class_names == list(class_names):
-        return dataset
-    label_of = {name: index for index, name in enumerate(class_names)}
-    present = {dataset.class_names[index] for index in np.unique(dataset.labels)}
-    unknown = sorted(present - set(label_of))
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} of the dataset's {len(present)} classes are not classes of the model, such as "
-            f"{', '.join(unknown[:5])}; the model's classes are {', '.join(list(class_names)[:5])}, ... Rename the "
-            "classes of the dataset (class_names), or give them to the model with set_class_names."
-        )
-    new_labels = np.array([label_of.get(name, -1) for name in dataset.class_names], dtype=np.int64)
-    aligned = dataset.select(np.arange(len(dataset)))
-    aligned.labels = new_labels[dataset.labels]
-    aligned.class_names = list(class_names)
-    return aligned
 
 
 def _predict_table(

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..conversion.dual_encoders import processor_of
-from ..data.image_dataset import as_image_dataset, check_class_order
+from ..data.image_dataset import match_classes
 from ..models.class_embeddings import evaluation_mode
 from .cache import FeatureCache, ShardPlan, StoredTable, digest_of, encoder_fingerprint, preprocessing_fingerprint
 from .table import FeatureTable
@@ -92,14 +92,13 @@ def extract_features(
     >>> extract_features(model, images.select([0, 1, 2]), image_processor)
     FeatureTable(rows=3, views=1, dim=32, classes=10, dtype=float32)
     """
-    images = as_image_dataset(dataset)
+    images = match_classes(dataset, model.config.class_names)
     if len(images) == 0:
         raise ValueError("The dataset has no images, so there are no features to extract.")
     views_per_image = _checked_views(views, len(images))  # (images,)
     if num_workers < 0:
         raise ValueError(f"num_workers is {num_workers}: give 0 (read in this process) or more.")
     model.stored_class_embeds()
-    check_class_order(images, model.config.class_names)
     images = _with_transform(model, images, processing_class, transform, is_augmented=views_per_image.max() > 1)
     provenance: dict[str, Any] = {
         "encoder": encoder_fingerprint(model),

@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..conversion.dual_encoders import processor_of
-from ..data.image_dataset import as_image_dataset
+from ..data.image_dataset import match_classes
 from ..data.loaders import epoch_batches
 from .arguments import PhaseAArguments
 from .callbacks import TrainingEvents
@@ -125,8 +125,8 @@ def train_phase_a(
     args = args or PhaseAArguments()
     accelerator = accelerator or Accelerator()
     processing_class = processing_class or processor_of(model)
-    train_dataset = as_image_dataset(train_dataset)
-    eval_dataset = None if eval_dataset is None else as_image_dataset(eval_dataset)
+    train_dataset = match_classes(train_dataset, model.config.class_names)
+    eval_dataset = None if eval_dataset is None else match_classes(eval_dataset, model.config.class_names)
     _check_classes(model, train_dataset)
     if eval_dataset is None and args.epochs:
         _check_without_validation(args, accelerator)

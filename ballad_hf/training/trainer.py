@@ -15,7 +15,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from ..conversion.dual_encoders import processor_of
-from ..data.image_dataset import ImageDataset, as_image_dataset
+from ..data.image_dataset import ImageDataset, as_image_dataset, match_classes
 from ..data.images import check_images
 from ..data.transforms import train_transform
 from ..evaluation.evaluate import predict
@@ -60,7 +60,7 @@ class BalladTrainer:
         model: a [`BalladForImageClassification`] with the classes of the data.
         args: see [`BalladTrainingArguments`].
         train_dataset: a `datasets.Dataset` with an image and a label column, or any map-style dataset of image and
-            label.
+            label. Labels that are names are matched with the model's classes.
         eval_dataset: the validation split, which chooses what each phase keeps. Without one the last epoch is kept.
         processing_class: the processor of the dual encoder; default: the model's own.
         model_init: makes the model instead of `model`.
@@ -104,8 +104,9 @@ class BalladTrainer:
             raise ValueError("Give either model or model_init.")
         self.model = model_init() if model is None else model  # type: ignore[misc]
         self.args = args or BalladTrainingArguments()
-        self.train_dataset = None if train_dataset is None else as_image_dataset(train_dataset)
-        self.eval_dataset = None if eval_dataset is None else as_image_dataset(eval_dataset)
+        class_names = self.model.config.class_names
+        self.train_dataset = None if train_dataset is None else match_classes(train_dataset, class_names)
+        self.eval_dataset = None if eval_dataset is None else match_classes(eval_dataset, class_names)
         self.processing_class = processing_class or processor_of(self.model)
         self.compute_metrics = compute_metrics
         self.accelerator = accelerator or Accelerator(mixed_precision=self.args.mixed_precision)
@@ -250,7 +251,7 @@ class BalladTrainer:
             dataset: as `train_dataset`.
             train: make the augmented views that `args.phase_b.views` asks for.
         """
-        args, dataset = self.args, as_image_dataset(dataset)
+        args, dataset = self.args, match_classes(dataset, self.model.config.class_names)
         options: dict[str, Any] = {}
         if train and args.phase_b.views != 1:
             options = {
