@@ -70,12 +70,12 @@ class Budget:
     """How large the towers are and how long they are trained.
 
     Args:
-        image_size: side that pictures are brought to, in pixels; the tower halves it five times.
+        image_size: side that images are brought to, in pixels; the tower halves it five times.
         width: channels after the stem of the ResNet; the last stage has 32 times as many.
         depths: bottleneck blocks of each stage.
         dim: width of the text tower and of the joint space.
         epochs: of phase A.
-        batch_size: pictures a step of phase A.
+        batch_size: images a step of phase A.
         learning_rate: peak rate of AdamW.
     """
 
@@ -199,7 +199,7 @@ class Tower:
         return self._made
 
     def fit(self, method: str, seed: int) -> dict[str, Any]:
-        """Fit one head and score the test part with what the validation part chose."""
+        """Fit one head and score the test split with what the validation split chose."""
         model, tables = self.made()
         if method in RIVALS:
             result = compare_heads(tables["train"], tables["validation"], [method], seed=seed)[method]
@@ -254,7 +254,7 @@ def accuracies(validation: LongTailMetrics, test: LongTailMetrics) -> dict[str, 
 
 
 def summary(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], towers: Mapping[str, Any]) -> str:
-    """Markdown tables: accuracies on the test part in percent, mean and standard deviation, and what it took."""
+    """Markdown tables: accuracies on the test split in percent, mean and standard deviation, and what it took."""
     heading = "overall | many | medium | few | worst class | validation | seconds | MiB"
     lines = [f"| phase A | head | {heading} |", "|---|---|" + "---:|" * 8]
     for (loss, method), runs in results.items():
@@ -285,7 +285,7 @@ def parse_options(command_line: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the towers and phase A")
     parser.add_argument("--head_seeds", nargs="+", type=int, default=[0, 1, 2], help="of the heads and phase B")
     parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that read pictures")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--no_progress", dest="progress", action="store_false", help="no bars")
     for name in ("image_size", "width", "epochs", "batch_size"):
         parser.add_argument(f"--{name}", type=int, help=f"{name} instead of the budget's")

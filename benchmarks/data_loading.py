@@ -1,4 +1,4 @@
-"""Pictures a second through the training transform, beside a plain pipeline and the tower that waits for them.
+"""Images a second through the training transform, beside a plain pipeline and the tower that waits for them.
 
     python benchmarks/data_loading.py
 
@@ -71,7 +71,7 @@ def make_images(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
 
 
 def rate(loader: DataLoader, repeats: int = 3) -> float:
-    """Pictures a second, the best of several passes; the workers are there before the clock starts."""
+    """Images a second, the best of several passes; the workers are there before the clock starts."""
     list(loader)
     best = 0.0
     for _ in range(repeats):

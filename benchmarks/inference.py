@@ -1,8 +1,8 @@
-"""Milliseconds a picture over the number of labels: the stock zero-shot pipeline, ours, and the bare image tower.
+"""Milliseconds an image over the number of labels: the stock zero-shot pipeline, ours, and the bare image tower.
 
     python benchmarks/inference.py --labels 1 100 1000 10000
 
-A CLIP of ViT-B/32's size from random weights; all three take the same picture in turns, in the same process.
+A CLIP of ViT-B/32's size from random weights; all three take the same image in turns, in the same process.
 """
 
 import argparse
@@ -35,31 +35,31 @@ def main() -> None:
     image_processor = CLIPImageProcessorPil()
     feeds = {"model": model, "tokenizer": tokenizer, "image_processor": image_processor}
     stock, ours = ZeroShotImageClassificationPipeline(**feeds), CachedZeroShotImageClassificationPipeline(**feeds)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8))
 
     @torch.no_grad()
     def bare() -> None:
-        pixel_values = image_processor(images=[picture], return_tensors="pt")["pixel_values"]
+        pixel_values = image_processor(images=[image], return_tensors="pt")["pixel_values"]
         model.get_image_features(pixel_values=pixel_values)
 
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; ms a picture, median")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; ms an image, median")
     print("| labels | image tower | ours | ours / tower | labels encoded once (s) | stock | stock / ours |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for count in arguments.labels:
         labels = [f"a thing {index}" for index in range(count)]
         start = time.perf_counter()
-        ours(picture, candidate_labels=labels, top_k=5)
+        ours(image, candidate_labels=labels, top_k=5)
         encoding = time.perf_counter() - start
         tower, kept = [], []
         bare()
         for _ in range(arguments.repeats):  # in turns, so that a busy machine slows both alike
             tower.append(milliseconds(bare))
-            kept.append(milliseconds(lambda labels=labels: ours(picture, candidate_labels=labels, top_k=5)))
+            kept.append(milliseconds(lambda labels=labels: ours(image, candidate_labels=labels, top_k=5)))
         row = [str(count), f"{statistics.median(tower):.0f}", f"{statistics.median(kept):.0f}"]
         ratios = [mine / its for mine, its in zip(kept, tower, strict=True)]
         row += [f"{statistics.median(ratios):.2f}", f"{encoding:.1f}"]
         if count <= arguments.stock_up_to:
-            slow = milliseconds(lambda labels=labels: stock(picture, candidate_labels=labels))
+            slow = milliseconds(lambda labels=labels: stock(image, candidate_labels=labels))
             row += [f"{slow:.0f}", f"{slow / statistics.median(kept):.1f}"]
         else:
             row += ["", ""]

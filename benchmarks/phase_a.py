@@ -43,7 +43,7 @@ class Way:
         name: in the table.
         loss: of phase A, or `None` for the naive step.
         mixed_precision: autocast.
-        micro_batch_size: pictures at once; `None` for all.
+        micro_batch_size: images at once; `None` for all.
         torch_compile: compile the towers.
     """
 
@@ -61,9 +61,9 @@ class Case:
     Args:
         size: of the towers.
         classes: of the data.
-        batch_size: pictures a step.
+        batch_size: images a step.
         device: `"cpu"` or `"cuda"`.
-        seed: of the weights, the pictures and the labels.
+        seed: of the weights, the images and the labels.
     """
 
     size: Size
@@ -129,7 +129,7 @@ def naive_step(case: Case) -> Callable[[torch.Tensor], float]:
 
 
 def our_step(case: Case, way: Way) -> Callable[[torch.Tensor], float]:
-    """The step of `train_phase_a`, set up by the same function, without the reading of pictures."""
+    """The step of `train_phase_a`, set up by the same function, without the reading of images."""
     from accelerate import Accelerator
     from transformers import CLIPProcessor
 
@@ -344,7 +344,7 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the widths of the towers")
     parser.add_argument("--layers", type=int, help="of the transformers, in the place of the size's own")
-    parser.add_argument("--micro_batch_size", type=int, help="pictures at once in our step")
+    parser.add_argument("--micro_batch_size", type=int, help="images at once in our step")
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="bf16" if cuda else "no")
     parser.add_argument("--torch_compile", action="store_true", help="compile the towers of our step")
     parser.add_argument("--steps", type=int, default=10 if cuda else 3, help="timed steps of each way")

@@ -4,9 +4,9 @@
     python benchmarks/phase_b.py --size rn50 --classes 1000       # the real tower; minutes to hours on a CPU
     python benchmarks/phase_b.py --sweep_rows 100000 --sweep_dim 512
 
-The official way is written here, independently: in every step both frozen towers run, over the batch's pictures and
+The official way is written here, independently: in every step both frozen towers run, over the batch's images and
 over the prompts of all classes at 77 tokens, then the adapter learns. A few of its steps are timed and multiplied by
-their number, since all of them take too long. Ours is `extract_features`, with the reading of the pictures, which the
+their number, since all of them take too long. Ours is `extract_features`, with the reading of the images, which the
 official way is spared here, and `train_phase_b`, all of it. Each way has a process of its own, so that its peak memory
 is its own. On a CPU seconds are those of the CPU (of all threads together), so that what else the machine does counts
 little.
@@ -36,8 +36,8 @@ class Case:
     Args:
         size: of the towers.
         classes: of the data.
-        pictures: of the training part, 100 : 1 from the first class to the last.
-        batch_size: pictures a step.
+        images: of the training split, 100 : 1 from the first class to the last.
+        batch_size: images a step.
         epochs: of phase B.
         device: `"cpu"` or `"cuda"`.
         seed: of everything.
@@ -45,7 +45,7 @@ class Case:
 
     size: Size
     classes: int
-    pictures: int
+    images: int
     batch_size: int
     epochs: int
     device: str
@@ -77,11 +77,11 @@ def build(case: Case) -> tuple[Any, Any]:
 
 
 def draw_labels(case: Case) -> np.ndarray:
-    """(pictures,) labels; every class occurs."""
+    """(images,) labels; every class occurs."""
     rng = np.random.default_rng(case.seed)
     weights = 0.01 ** (np.arange(case.classes) / max(1, case.classes - 1))
-    drawn = rng.choice(case.classes, max(0, case.pictures - case.classes), p=weights / weights.sum())
-    return np.concatenate([np.arange(case.classes), drawn])[: max(case.pictures, case.classes)]
+    drawn = rng.choice(case.classes, max(0, case.images - case.classes), p=weights / weights.sum())
+    return np.concatenate([np.arange(case.classes), drawn])[: max(case.images, case.classes)]
 
 
 def official_way(case: Case, steps: int) -> dict[str, float]:
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="narrow_resnet", help="towers; rn50 and vit_b16 are CLIP's")
     parser.add_argument("--classes", type=int, nargs="*", default=[100, 1000], help="none: the sweep alone")
-    parser.add_argument("--pictures", type=int, default=4096, help="of the training part")
+    parser.add_argument("--images", type=int, default=4096, help="of the training split")
     parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--official_steps", type=int, default=2, help="steps of the official way that are timed")
@@ -202,13 +202,13 @@ def main() -> None:
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    print(f"{options.size}, {options.pictures:,} pictures, batch {options.batch_size}, {options.epochs} epochs\n")
+    print(f"{options.size}, {options.images:,} images, batch {options.batch_size}, {options.epochs} epochs\n")
     if options.classes:
         header = ["classes", "official step s", "official all s", "extraction s", "training s"]
         header += ["times faster", "a step", "official MiB", "ours MiB"]
         print(" | ".join(header))
     for classes in options.classes:
-        case = Case(SIZES[options.size], classes, options.pictures, options.batch_size, options.epochs, options.device)
+        case = Case(SIZES[options.size], classes, options.images, options.batch_size, options.epochs, options.device)
         official = in_a_process_of_its_own(official_way, case, options.official_steps)
         ours = in_a_process_of_its_own(our_way, case)
         print(" | ".join(rows_of(case, official, ours)), flush=True)

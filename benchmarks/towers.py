@@ -14,7 +14,7 @@ class Size:
     """Sizes of a dual encoder. A ViT has `patch_size`; a ResNet has `depths`.
 
     Args:
-        image_size: side of the pictures, in pixels.
+        image_size: side of the images, in pixels.
         width: of the image tower.
         text_width: of the text tower.
         layers: of the text tower, and of a ViT.
@@ -85,15 +85,15 @@ def build_clip(size: Size, vocabulary: int, eos: int, attention: str = "sdpa", d
         return model(built).eval()
 
 
-def training_flops(size: Size, pictures: int, prompts: int, length: int) -> float:
+def training_flops(size: Size, images: int, prompts: int, length: int) -> float:
     """Floating-point operations of a step by the shapes alone: three times the forward pass."""
     clip = build_clip(size, 1000, 999, attention="eager", device="meta")
     total = 0.0
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        if pictures:
+        if images:
             side = size.image_size
             clip.get_image_features(pixel_values=torch.empty((1, 3, side, side), device="meta"))
-            total += pictures * counter.get_total_flops()
+            total += images * counter.get_total_flops()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         if prompts:
             clip.text_model.encoder(

@@ -77,7 +77,7 @@ def _tiny_clip() -> DualEncoder:
 
 @pytest.fixture
 def tiny_clip(_tiny_clip: DualEncoder) -> DualEncoder:
-    """A CLIP for 32 x 32 pictures with 16-wide features: (clip, tokenizer, image_processor)."""
+    """A CLIP for 32 x 32 images with 16-wide features: (clip, tokenizer, image_processor)."""
     return DualEncoder(copy.deepcopy(_tiny_clip.clip), _tiny_clip.tokenizer, _tiny_clip.image_processor)
 
 
@@ -89,7 +89,7 @@ def tiny_processor(tiny_clip: DualEncoder) -> CLIPProcessor:
 
 @pytest.fixture
 def tiny_ballad(tiny_clip: DualEncoder) -> BalladForImageClassification:
-    """A Ballad over `tiny_clip` with five classes and an adapter that is no identity."""
+    """A BALLAD model over `tiny_clip` with five classes and an adapter that is no identity."""
     model = BalladForImageClassification.from_dual_encoder(tiny_clip.clip, CLASS_NAMES, tiny_clip.tokenizer)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

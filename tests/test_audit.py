@@ -39,7 +39,7 @@ def beasts(tmp_path):
             for index in range(count):
                 photo(seed).save(folder / part / name / f"{index}.png")
                 seed += 1
-    # A test picture that was learnt from, a smaller copy with another label, a copy within a part, a damaged file.
+    # A test image that was learnt from, a smaller copy with another label, a copy within a part, a damaged file.
     photo(0).save(folder / "test" / "fox" / "0.png")
     photo(2, (80, 60)).save(folder / "val" / "owl" / "0.png")
     photo(7).save(folder / "train" / "red_fox" / "2.png")
@@ -112,10 +112,10 @@ def test_doubtful_names_by_hand():
     }
 
 
-def test_the_picture_shows_every_class(tmp_path):
+def test_the_image_shows_every_class(tmp_path):
     save_class_distribution(audit_dataset(load_image_dataset("digits")), tmp_path / "x.png")
-    with Image.open(tmp_path / "x.png") as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    with Image.open(tmp_path / "x.png") as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
     # Matplotlib's blue, orange and red: digits have classes in all three groups.
     assert {(31, 119, 180), (255, 127, 14), (214, 39, 40)} <= colours
 
@@ -128,18 +128,18 @@ def photograph(seed, size=(120, 90)):
     return Image.fromarray(np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8))
 
 
-def recompressed(picture, quality):
+def recompressed(image, quality):
     file = io.BytesIO()
-    picture.save(file, "jpeg", quality=quality)
+    image.save(file, "jpeg", quality=quality)
     return Image.open(file).convert("RGB")
 
 
 def near(*pictures):
-    return near_duplicates(np.stack([thumbnail(picture) for picture in pictures]))
+    return near_duplicates(np.stack([thumbnail(image) for image in pictures]))
 
 
 def digests(*pictures):
-    return np.stack([np.frombuffer(pixel_digest(picture), np.uint8) for picture in pictures])
+    return np.stack([np.frombuffer(pixel_digest(image), np.uint8) for image in pictures])
 
 
 def test_exact_copies_name_the_first_of_their_kind():
@@ -149,37 +149,37 @@ def test_exact_copies_name_the_first_of_their_kind():
     assert exact_duplicates(np.empty((0, 16), np.uint8)) == []
 
 
-def test_the_same_bytes_in_another_shape_are_another_picture():
+def test_the_same_bytes_in_another_shape_are_another_image():
     assert pixel_digest(Image.new("RGB", (2, 3))) != pixel_digest(Image.new("RGB", (3, 2)))
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda picture: recompressed(picture, 40),
-        lambda picture: picture.resize((60, 45), Image.Resampling.BICUBIC),
-        lambda picture: picture.resize((300, 225), Image.Resampling.LANCZOS),
-        lambda picture: recompressed(picture.resize((80, 60)), 60),
+        lambda image: recompressed(image, 40),
+        lambda image: image.resize((60, 45), Image.Resampling.BICUBIC),
+        lambda image: image.resize((300, 225), Image.Resampling.LANCZOS),
+        lambda image: recompressed(image.resize((80, 60)), 60),
     ],
 )
 def test_copies_that_were_resized_or_recompressed_are_found(change):
     originals = [photograph(seed) for seed in range(20)]
-    pairs = near(*originals, *(change(picture) for picture in originals))
+    pairs = near(*originals, *(change(image) for image in originals))
     found = {tuple(pair) for pair in pairs}
     assert found <= {(index, 20 + index) for index in range(20)}
     assert len(found) >= 19
 
 
-def test_other_pictures_are_not_taken_for_copies():
+def test_other_images_are_not_taken_for_copies():
     assert near(*(photograph(seed) for seed in range(200))) == []
     mirrored = photograph(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     assert near(photograph(0), mirrored) == []
-    # One hash, other pictures: a ramp, and a steeper one.
+    # One hash, other images: a ramp, and a steeper one.
     ramp = Image.linear_gradient("L").convert("RGB")
     assert near(ramp, ramp.point(lambda value: value // 2)) == []
 
 
-def test_pictures_of_one_colour_are_left_out():
+def test_images_of_one_colour_are_left_out():
     assert near(*(Image.new("RGB", (30, 30), (7, 7, 7)) for _ in range(3))) == []
 
 

@@ -35,7 +35,7 @@ def test_the_presets_table_is_the_presets():
     assert rows == expected
 
 
-def test_the_last_block_prints_the_figures_of_the_table(capsys):
+def test_the_last_block_prints_the_numbers_of_the_table(capsys):
     block = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)[-1]
     exec(compile(block, "docs/backbones.md", "exec"), {})
     whole, rest = re.search(r"\| RN50 \| (\d+ MB) \| (\d+ MB) \|", DOC).groups()

@@ -22,20 +22,20 @@ def classify(tiny_ballad, tiny_clip):
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
 
 
-def test_the_models_classes_and_the_dial(classify, picture):
-    even, train = (app.top_classes(classify, picture, "", dial) for dial in (0, 1))
-    assert even == {row["label"]: row["score"] for row in classify(picture)}
+def test_the_models_classes_and_the_dial(classify, image):
+    even, train = (app.top_classes(classify, image, "", dial) for dial in (0, 1))
+    assert even == {row["label"]: row["score"] for row in classify(image)}
     assert (train["cat"] / train["owl"]) / (even["cat"] / even["owl"]) == pytest.approx(5, rel=1e-4)
-    rare = app.top_classes(classify, picture, "", -1)
+    rare = app.top_classes(classify, image, "", -1)
     assert (rare["cat"] / rare["owl"]) / (even["cat"] / even["owl"]) == pytest.approx(1 / 5, rel=1e-4)
 
 
-def test_typed_classes_are_cleaned_of_blanks_and_repeats(classify, picture):
-    scores = app.top_classes(classify, picture, " a tram\n\na bus \na tram\n", 1)
+def test_typed_classes_are_cleaned_of_blanks_and_repeats(classify, image):
+    scores = app.top_classes(classify, image, " a tram\n\na bus \na tram\n", 1)
     assert set(scores) == {"a tram", "a bus"}
     assert sum(scores.values()) == pytest.approx(1, abs=1e-5)
 
@@ -75,11 +75,11 @@ def test_a_model_that_is_no_ballad_ends_with_one_line(clip_folder, tmp_path, con
         app.main([str(folder)])
 
 
-def test_no_picture_gives_nothing_and_mistakes_reach_the_page(classify, picture):
+def test_no_image_gives_nothing_and_mistakes_reach_the_page(classify, image):
     assert app.top_classes(classify, None, "", 0) == {}
     classify.model.remove_text_tower()
     with pytest.raises(gr.Error, match="without its text tower"):
-        app.top_classes(classify, picture, "a tram", 0)
+        app.top_classes(classify, image, "a tram", 0)
 
 
 def test_the_page_names_the_model_and_locks_what_it_can_not_do(classify):

@@ -72,7 +72,7 @@ class Unreadable(Dataset):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_picture_that_a_worker_process_can_not_read(num_workers):
+def test_an_image_that_a_worker_process_can_not_read(num_workers):
     with pytest.raises(SystemExit) as ended, errors_in_one_line():
         next(iter(DataLoader(Unreadable(), num_workers=num_workers)))
     assert str(ended.value) == "error: cat.jpg can't be read: it is empty."

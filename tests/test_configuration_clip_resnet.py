@@ -63,7 +63,7 @@ def test_a_preset_has_the_parameters_of_the_published_tower(name):
 
 
 @pytest.mark.parametrize(("name", "size"), [*zip(PRESETS, (224, 224, 288, 384, 448), strict=True)])
-def test_a_preset_has_its_own_picture_size(name, size):
+def test_a_preset_has_its_own_image_size(name, size):
     config = CLIPResNetConfig.from_preset(name)
     assert config.vision_config.image_size == size
     processor = clip_image_processor(config.vision_config.image_size)

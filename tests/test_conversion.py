@@ -226,12 +226,14 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 @pytest.fixture
-def bundle(tiny_ballad, tiny_processor, tmp_path):
-    return save_model_directory(tiny_ballad, tmp_path / "bundle", tiny_processor)
+def model_directory(tiny_ballad, tiny_processor, tmp_path):
+    return save_model_directory(tiny_ballad, tmp_path / "model_directory", tiny_processor)
 
 
-def test_a_bundle_folds_into_a_folder_with_all_that_a_clip_model_needs(bundle, tiny_ballad, tiny_clip, tmp_path):
-    folder = convert_to_clip(bundle, tmp_path / "folded")
+def test_a_model_directory_folds_into_a_folder_with_all_that_a_clip_model_needs(
+    model_directory, tiny_ballad, tiny_clip, tmp_path
+):
+    folder = convert_to_clip(model_directory, tmp_path / "folded")
     clip = CLIPModel.from_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["CLIPModel"]
     tokens = AutoTokenizer.from_pretrained(folder)(["a cat", "an owl"], padding=True, return_tensors="pt")
@@ -243,42 +245,42 @@ def test_a_bundle_folds_into_a_folder_with_all_that_a_clip_model_needs(bundle, t
     assert AutoImageProcessor.from_pretrained(folder).crop_size == tiny_clip.image_processor.crop_size
 
 
-def test_a_bundle_becomes_vision_only(bundle, tiny_ballad, tmp_path):
-    folder = convert_to_vision_only(bundle, tmp_path / "vision")
+def test_a_model_directory_becomes_vision_only(model_directory, tiny_ballad, tmp_path):
+    folder = convert_to_vision_only(model_directory, tmp_path / "vision")
     model = BalladForImageClassification.from_pretrained(folder)
     assert not model.config.has_text_tower
     pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(pixel_values).logits, tiny_ballad(pixel_values).logits, rtol=1e-5, atol=1e-5)
     assert not list(folder.glob("tokenizer*"))
     text = [*tiny_ballad.clip.text_model.parameters(), *tiny_ballad.clip.text_projection.parameters()]
-    small, whole = (load_file(place / "model.safetensors") for place in (folder, bundle))
+    small, whole = (load_file(place / "model.safetensors") for place in (folder, model_directory))
     assert not [name for name in small if "text" in name]
     gone = sum(value.nbytes for value in whole.values()) - sum(value.nbytes for value in small.values())
     assert gone == 4 * sum(parameter.numel() for parameter in text)
 
 
 @pytest.mark.parametrize("convert", [convert_to_clip, convert_to_vision_only])
-def test_what_is_no_whole_ballad_is_refused(convert, bundle, clip_folder, tmp_path):
+def test_what_is_no_whole_ballad_is_refused(convert, model_directory, clip_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="tiny-clip is not a saved BALLAD model \\('clip'\\)"):
         convert(clip_folder, tmp_path / "out")
     with pytest.raises(ValueError, match="empty is not a saved BALLAD model \\(no model_type\\)"):
         convert(tmp_path / "empty", tmp_path / "out")
-    weights = bundle / "model.safetensors"
+    weights = model_directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:9000])
     with pytest.raises(ValueError, match=r"model\.safetensors has 9,000 bytes on disk"):
-        convert(bundle, tmp_path / "out")
-    assert_nothing_was_written(tmp_path, but=["bundle", "empty", "tiny-clip"])
+        convert(model_directory, tmp_path / "out")
+    assert_nothing_was_written(tmp_path, but=["model_directory", "empty", "tiny-clip"])
 
 
 @pytest.mark.parametrize("convert", [convert_to_clip, convert_to_vision_only])
-def test_weights_that_are_not_finite_are_not_converted(convert, bundle, tmp_path):
-    state = load_file(bundle / "model.safetensors")
+def test_weights_that_are_not_finite_are_not_converted(convert, model_directory, tmp_path):
+    state = load_file(model_directory / "model.safetensors")
     state["adapter.linear.weight"][3, 3] = torch.inf
-    save_file(state, bundle / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, model_directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="NaN or infinite values, such as (adapter.linear|visual_projection).weight"):
-        convert(bundle, tmp_path / "out")
-    assert_nothing_was_written(tmp_path, but=["bundle"])
+        convert(model_directory, tmp_path / "out")
+    assert_nothing_was_written(tmp_path, but=["model_directory"])
 
 
 def test_a_ballad_without_classes_keeps_its_text_tower(tiny_clip, tmp_path):
@@ -297,7 +299,7 @@ def test_the_open_clip_converter_keeps_the_preprocessing(tmp_path):
     assert AutoImageProcessor.from_pretrained(folder).image_mean == pytest.approx([0.5, 0.5, 0.5])
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(bundle, tmp_path):
+def test_a_full_disk_is_named_and_leaves_nothing(model_directory, tmp_path):
     with files_up_to(100_000), pytest.raises(OSError, match=r"Could not write .*out: .*Free some space"):
-        convert_to_clip(bundle, tmp_path / "out")
+        convert_to_clip(model_directory, tmp_path / "out")
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]

@@ -48,7 +48,7 @@ from ballad_hf.conversion.dual_encoders import (
 from .conftest import CLASS_NAMES
 from .reference import KINDS, TEXT_HEADS, assert_is_the_original, openai_file
 from .test_join_towers import tiny_joined
-from .test_modeling_clip_resnet import built, tiny_config, tiny_picture
+from .test_modeling_clip_resnet import built, tiny_config, tiny_image
 
 
 pytestmark = pytest.mark.numeric
@@ -91,11 +91,11 @@ def tiny_model(family: str, tokenizer):
     return model.eval()
 
 
-def tiny_pictures(family: str) -> dict[str, torch.Tensor]:
+def tiny_images(family: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     if family != "siglip2":
         return {"pixel_values": torch.randn(3, 3, 32, 32, generator=generator)}
-    return {  # patches of pictures of several shapes, as SigLIP 2 takes them
+    return {  # patches of images of several shapes, as SigLIP 2 takes them
         "pixel_values": torch.randn(3, 16, 3 * 16 * 16, generator=generator),
         "pixel_attention_mask": (torch.arange(16) < torch.tensor([[16], [6], [8]])).int(),
         "spatial_shapes": torch.tensor([[4, 4], [2, 3], [4, 2]]),
@@ -123,7 +123,7 @@ def test_a_family_of_transformers_keeps_its_own_logits(family, tiny_clip, tmp_pa
     folder = saved(own, tokenizer, tmp_path / "model")
     model = BalladForImageClassification.from_clip(folder, CLASS_NAMES, tokenizer if "siglip" in family else None)
     assert type(model.clip) is type(own)
-    pictures = tiny_pictures(family)
+    pictures = tiny_images(family)
     padding = {"padding": "max_length", "max_length": 77} if "siglip" in family else {"padding": True}
     tokens = tokenizer([f"a photo of a {name}." for name in CLASS_NAMES], return_tensors="pt", **padding)
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_siglip_is_right_in_the_stock_pipeline_whoever_pads(family, gives_mask, 
     tokenizer = tokenizer_for(family, tiny_clip.tokenizer)
     labels = ["cat", "a dog and another dog", "owl"]
     tokens = tokenizer(labels, padding="max_length", max_length=77, return_tensors="pt")
-    pictures = tiny_pictures(family)
+    pictures = tiny_images(family)
     with torch.no_grad():
         expected = own(**pictures, **tokens).logits_per_image
     model = BalladForImageClassification.from_dual_encoder(own, CLASS_NAMES, tokenizer)
@@ -168,7 +168,7 @@ def test_siglips_scale_and_bias_are_respected(family, tiny_clip, tmp_path):
     folder = saved(tiny_model(family, tokenizer), tokenizer, tmp_path)
     model = BalladForImageClassification.from_clip(folder, CLASS_NAMES, tokenizer)
     with torch.no_grad():
-        output = model(**tiny_pictures(family))
+        output = model(**tiny_images(family))
     cosines = output.image_embeds @ output.text_embeds.T
     e = 2.718281828459045
     torch.testing.assert_close(output.logits, e**1.5 * cosines - 3.0, rtol=1e-5, atol=1e-5)
@@ -184,7 +184,7 @@ def test_every_family_with_a_projection_folds(family, tiny_clip):
         folded = model.fold_adapter()
         assert type(folded) is type(own)
         inputs = {
-            **tiny_pictures(family),
+            **tiny_images(family),
             **tiny_clip.tokenizer(["a cat", "an owl"], padding=True, return_tensors="pt"),
         }
         torch.testing.assert_close(
@@ -196,7 +196,7 @@ def test_every_family_with_a_projection_folds(family, tiny_clip):
 def test_every_family_serves_without_its_text_tower(family, tiny_clip, tmp_path):
     own = tiny_model(family, tiny_clip.tokenizer)
     model = BalladForImageClassification.from_dual_encoder(own, CLASS_NAMES, tiny_clip.tokenizer)
-    pictures = tiny_pictures(family)
+    pictures = tiny_images(family)
     with torch.no_grad():
         logits = model(**pictures).logits
         assert model.remove_text_tower() > 0
@@ -256,9 +256,9 @@ def test_the_whole_way_of_a_resnet_to_the_stock_pipeline(tiny_clip, tmp_path):
     processor = clip_image_processor(model.config.clip_config.vision_config.image_size)
     for part in (model, processor):
         part.save_pretrained(tmp_path / "ballad")
-    rows = pipeline("image-classification", model=str(tmp_path / "ballad"))(tiny_picture())
+    rows = pipeline("image-classification", model=str(tmp_path / "ballad"))(tiny_image())
     with torch.no_grad():
-        expected = model(processor(tiny_picture(), return_tensors="pt").pixel_values).logits[0].softmax(-1)
+        expected = model(processor(tiny_image(), return_tensors="pt").pixel_values).logits[0].softmax(-1)
     assert {row["label"]: row["score"] for row in rows} == pytest.approx(
         dict(zip(CLASS_NAMES, expected.tolist(), strict=True)), abs=1e-5
     )

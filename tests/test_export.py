@@ -19,8 +19,8 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
-def pixels(pictures: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(pictures, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+def pixels(images: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,10 @@ def exported(_tiny_clip, tmp_path_factory):
 def test_the_image_side_gives_the_models_logits_at_any_batch_size(exported):
     model, folder, _ = exported
     session = onnxruntime.InferenceSession(folder / "image_classifier.onnx")
-    for pictures in (1, 2, 5):
+    for images in (1, 2, 5):
         with torch.no_grad():
-            expected = model(pixels(pictures, seed=pictures)).logits.numpy()
-        (logits,) = session.run(["logits"], {"pixel_values": pixels(pictures, seed=pictures).numpy()})
+            expected = model(pixels(images, seed=images)).logits.numpy()
+        (logits,) = session.run(["logits"], {"pixel_values": pixels(images, seed=images).numpy()})
         np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
@@ -91,13 +91,13 @@ def test_a_half_precision_model_is_exported_in_float32_and_left_as_it_was(tiny_b
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     loaded = torch.export.load(tmp_path / "image.pt2").module()
     exact = tiny_ballad.float().eval()
-    for pictures in (1, 4):
+    for images in (1, 4):
         with torch.no_grad():
-            features = exact.get_image_features(pixels(pictures)).pooler_output
+            features = exact.get_image_features(pixels(images)).pooler_output
             image_embeds = torch.nn.functional.normalize(features, dim=-1)
             expected = exact.similarity(image_embeds, exact.class_embeds)
-            torch.testing.assert_close(loaded(pixels(pictures)), expected)
-            torch.testing.assert_close(program.module()(pixels(pictures)), expected)
+            torch.testing.assert_close(loaded(pixels(images)), expected)
+            torch.testing.assert_close(program.module()(pixels(images)), expected)
 
 
 def test_a_vision_only_bundle_serves_its_classes_at_half_the_size(tiny_ballad, tiny_clip, tmp_path, tiny_processor):

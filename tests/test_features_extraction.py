@@ -163,12 +163,12 @@ def test_half_precision_halves_the_bytes(model, tiny_clip, few, dtype):
     torch.testing.assert_close(half.features.float(), full.features, rtol=1e-2, atol=1e-2)
 
 
-def test_the_second_time_no_picture_passes_the_tower(model, tiny_clip, few, tmp_path, no_tower):
+def test_the_second_time_no_image_passes_the_tower(model, tiny_clip, few, tmp_path, no_tower):
     common = {"processing_class": tiny_clip.image_processor, "cache_dir": tmp_path}
     first = extract_features(model, few, **common)
     model.set_class_names([f"digit {name}" for name in model.config.class_names], tiny_clip.tokenizer)
     no_tower()
-    second = extract_features(model, few, **common)  # other names, the same pictures and weights
+    second = extract_features(model, few, **common)  # other names, the same images and weights
     assert torch.equal(first.features, second.features)
     assert not torch.allclose(first.class_embeds, second.class_embeds)
 
@@ -198,20 +198,20 @@ def test_nothing_stale_is_served(model, tiny_clip, few, tmp_path):
 
 def test_a_changed_file_is_not_served_stale(model, tiny_clip, tmp_path):
     model.set_class_names(sorted(model.config.class_names), tiny_clip.tokenizer)  # the order of folders
-    pictures = tmp_path / "pictures"
+    images = tmp_path / "images"
     generator = np.random.default_rng(0)
     for name in model.config.class_names:
-        (pictures / name).mkdir(parents=True)
+        (images / name).mkdir(parents=True)
         for index in range(3):
             pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(pictures / name / f"{index}.png")
+            Image.fromarray(pixels).save(images / name / f"{index}.png")
 
     def table():
-        train = load_splits(str(pictures)).train
+        train = load_splits(str(images)).train
         return extract_features(model, train, processing_class=tiny_clip.image_processor, cache_dir=tmp_path / "cache")
 
     before = table()
-    for file in pictures.rglob("*.png"):
+    for file in images.rglob("*.png"):
         Image.new("RGB", (32, 32), "red").save(file)
     after = table()
     assert len(entries_of(tmp_path / "cache")) == 2
@@ -225,7 +225,7 @@ def test_the_bar_can_be_switched_off(model, tiny_clip, few, monkeypatch, capsys,
     monkeypatch.setattr(extraction, "tqdm", lambda **asked: tqdm(**{**asked, "delay": 0}))
     extract_features(model, few, processing_class=tiny_clip.image_processor, batch_size=7, progress=progress)
     shown = capsys.readouterr().err
-    assert ("Image features" in shown and "3/3" in shown) == progress  # 20 pictures in batches of 7
+    assert ("Image features" in shown and "3/3" in shown) == progress  # 20 images in batches of 7
 
 
 def test_a_damaged_shard_alone_is_computed_again(model, tiny_clip, few, tmp_path, monkeypatch):
@@ -334,7 +334,7 @@ def test_no_space_leaves_what_was_there(model, tiny_clip, few, tmp_path, monkeyp
     assert torch.equal(extract_features(model, few, **common).features, first.features)
 
 
-def test_features_that_are_not_finite_name_their_pictures(model, tiny_clip, few):
+def test_features_that_are_not_finite_name_their_images(model, tiny_clip, few):
     with torch.no_grad():
         model.clip.visual_projection.weight[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"NaN or infinity for images \[0, 1, 2"):
@@ -375,5 +375,5 @@ def test_modes_and_the_global_random_state_are_left_alone(model, tiny_clip, few)
     assert not any(module.training for module in model.clip.text_model.modules())
 
 
-def test_small_towers_get_crops_that_still_show_the_picture(tiny_clip):
+def test_small_towers_get_crops_that_still_show_the_image(tiny_clip):
     assert five_crop_transform(tiny_clip.image_processor).expand == 3  # 24 of 224, for 32 pixels

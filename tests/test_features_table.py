@@ -269,7 +269,7 @@ def random_table(views: int = 1) -> FeatureTable:
 
 
 def predictions_one_by_one(table: FeatureTable, weight: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Picture by picture and view by view, as the equation says."""
+    """Image by image and view by view, as the equation says."""
     chosen = []
     for views in table.features:
         logits = torch.zeros(table.classes)

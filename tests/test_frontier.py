@@ -42,7 +42,7 @@ def test_of_equals_the_lower_ratio_is_chosen():
     assert Frontier([point(0.5, 0.5, ratio=0.9), point(0.5, 0.5, ratio=0.1)]).choose().chosen == 1
 
 
-def test_what_can_not_be_chosen_is_said():
+def test_what_can_not_be_chosen_is_reported():
     with pytest.raises(ValueError, match="No point has many at 90.0 or more: the highest is 80.0"):
         FOUR.choose("few", at_least={"many": 0.9})
     with pytest.raises(ValueError, match="no accuracy 'medium'.*choose one of overall, mean_class, many, few"):
@@ -76,7 +76,7 @@ def test_comes_back_from_its_file(tmp_path):
     assert Frontier.load(frontier.save(tmp_path / "frontier.json")) == Frontier(list(FOUR.points), 1)
 
 
-def test_the_picture_shows_frontier_and_choice(tmp_path):
+def test_the_image_shows_frontier_and_choice(tmp_path):
     axes = plot_frontier(Frontier([*FOUR.points, point(0.75, 0.2, ratio=0.0)], chosen=1)).axes[0]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["adapters and ratios", "frontier", "no adapter", "chosen, ratio 0.2"]

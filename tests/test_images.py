@@ -1,4 +1,4 @@
-"""Pictures as users have them: every mode, orientation and kind of damage."""
+"""Images as users have them: every mode, orientation and kind of damage."""
 
 import io
 import os
@@ -108,7 +108,7 @@ def test_an_orientation_holds_for_other_modes_too(photo):
     assert (opened.size, opened.mode) == ((60, 80), "RGB")
 
 
-def test_damaged_exif_does_not_lose_the_picture(photo):
+def test_damaged_exif_does_not_lose_the_image(photo):
     for exif in (b"Exif\x00\x00garbage", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b""):
         assert open_image(saved(photo, "jpeg", exif=exif)).size == (80, 60)
     nonsense = Image.Exif()
@@ -162,7 +162,7 @@ def test_a_check_refuses_a_bomb():
 @pytest.mark.parametrize(
     ("content", "reason"), [(b"", "it is empty"), (b"<html>404</html>", "it is not an image that Pillow knows")]
 )
-def test_what_is_no_picture_is_refused(content, reason, tmp_path):
+def test_what_is_no_image_is_refused(content, reason, tmp_path):
     with pytest.raises(UnreadableImageError, match=f"cat.jpg can't be read: {reason}"):
         open_image(content, name="cat.jpg")
     (tmp_path / "cat.jpg").write_bytes(content)
@@ -266,7 +266,7 @@ def cut(file):
     file.write_bytes(file.read_bytes()[:-40])
 
 
-def test_whole_pictures_pass(folder):
+def test_whole_images_pass(folder):
     check_images(image_splits(folder))
     check_images(image_splits("digits"))
 
@@ -288,7 +288,7 @@ def test_every_part_is_looked_at_and_the_message_names_what_is_wrong_and_the_rem
     check_images(image_splits(folder, on_unreadable="skip"))
 
 
-def test_many_bad_pictures_are_counted_and_ten_are_shown(folder):
+def test_many_bad_images_are_counted_and_ten_are_shown(folder):
     for file in (folder / "train").rglob("*.jpg"):
         cut(file)
     with pytest.raises(UnreadableImageError, match=r"^24 of 36 images") as raised:
@@ -297,7 +297,7 @@ def test_many_bad_pictures_are_counted_and_ten_are_shown(folder):
     assert "... and 14 more." in str(raised.value)
 
 
-def test_pictures_in_a_column_are_looked_at_too(folder):
+def test_images_in_a_column_are_looked_at_too(folder):
     whole = (folder / "train" / "fox" / "0.jpg").read_bytes()
     stored = [{"bytes": whole, "path": None}, {"bytes": whole[:-9], "path": None}, None]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})

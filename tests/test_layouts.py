@@ -184,7 +184,7 @@ def test_the_configs_json_is_read_with_care(tmp_path):
         load_dual_encoder(folder)
 
 
-def test_the_preparation_of_pictures(tmp_path):
+def test_the_preparation_of_images(tmp_path):
     preprocess = {
         "mean": [0.5, 0.4, 0.3],
         "std": [0.2, 0.2, 0.1],

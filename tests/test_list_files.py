@@ -14,7 +14,7 @@ from .conftest import load_splits
 
 @pytest.fixture
 def benchmark(tmp_path):
-    """A data set in the layout of Places-LT: three lists, and folders of pictures of which some are shared."""
+    """A data set in the layout of Places-LT: three lists, and folders of images of which some are shared."""
     names = {"train": ["airfield", "tea_room", "zoo"], "val": ["airfield", "tea_room", "zoo"]}
     counts = {"train": (5, 3, 1), "val": (2, 2, 2)}
     for part, classes in names.items():
@@ -54,7 +54,7 @@ def test_lists_of_other_names_are_given(benchmark, tmp_path_factory):
         load_splits(elsewhere / "mine.txt", image_root="/nowhere")
 
 
-def test_all_missing_pictures_are_reported_together(benchmark):
+def test_all_missing_images_are_reported_together(benchmark):
     gone = ["train/airfield/train 1.png", "train/zoo/val 0.png", "train/zoo/val 1.png"]
     for path in gone:
         (benchmark / path).unlink()

@@ -30,7 +30,7 @@ def test_batches_for_training(train):
         assert batch["labels"].tolist() == train.labels[batch["index"]].tolist()
 
 
-def test_workers_prepare_the_same_pictures(train):
+def test_workers_prepare_the_same_images(train):
     plain, with_workers = (
         train_loader(train, InstanceSampler(train.labels, seed=1), 50, num_workers=workers) for workers in (0, 2)
     )
@@ -40,7 +40,7 @@ def test_workers_prepare_the_same_pictures(train):
             assert torch.equal(one["index"], other["index"])
 
 
-def test_a_picture_looks_different_every_epoch(train):
+def test_an_image_looks_different_every_epoch(train):
     loader = train_loader(train, InstanceSampler(train.labels), 50)
     first, second = (
         {
@@ -56,7 +56,7 @@ def test_a_picture_looks_different_every_epoch(train):
 
 
 def test_the_epoch_reaches_a_crop_schedule(digits, tiny_clip):
-    # In the last of two epochs crops are whole pictures, so they are what evaluation sees.
+    # In the last of two epochs crops are whole images, so they are what evaluation sees.
     transform = train_transform(tiny_clip.image_processor, (0.1, 1.0), 0, 0, CropSchedule(2))
     split = digits.train.with_transform(transform)
     loader = train_loader(split, InstanceSampler(split.labels), 20)
@@ -85,7 +85,7 @@ def test_evaluation_sees_every_row_once_in_order(digits, tiny_clip):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_picture_that_can_not_be_read_is_named_by_any_worker(workers, tmp_path, tiny_clip):
+def test_an_image_that_can_not_be_read_is_named_by_any_worker(workers, tmp_path, tiny_clip):
     (tmp_path / "half.jpg").write_bytes(b"\xff\xd8\xff")
     split = ImageDataset([tmp_path / "half.jpg"], [0], ["a"])
     split = split.with_transform(evaluation_transform(tiny_clip.image_processor))

@@ -46,7 +46,7 @@ def test_a_quotient_that_is_whole_is_not_rounded_down():
         assert long_tailed_counts(100 * factor, 7, factor)[-1] == 100
 
 
-def test_one_class_keeps_all_its_pictures():
+def test_one_class_keeps_all_its_images():
     assert long_tailed_counts(30, 1, 10).tolist() == [30]
 
 

@@ -115,7 +115,7 @@ def test_results_on_validation_images_are_called_that(tiny_ballad):
     assert "optimistic" not in str(_card(tiny_ballad, {"phase B": _metrics([4, 9, 9, 9, 0])}))
 
 
-def test_a_result_below_zero_shot_or_at_chance_is_said(tiny_ballad, results):
+def test_a_result_below_zero_shot_or_at_chance_is_reported(tiny_ballad, results):
     worse = str(_card(tiny_ballad, {"zero-shot": _metrics([9] * 5), "phase B": _metrics([5] * 5)}))
     assert "- Below zero-shot: phase B has a mean-class accuracy of 50.0% on the test images" in worse
     assert "- Not above chance: phase B" in str(_card(tiny_ballad, {"phase B": _metrics([10, 0, 0, 0, 0])}))

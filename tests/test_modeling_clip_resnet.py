@@ -87,11 +87,11 @@ def test_a_strided_block_pools_before_its_convolutions_by_hand():
         block.conv2.weight.zero_()[:, :, 1, 1] = 1.0
         block.conv3.weight.fill_(1.0)
         block.shortcut_conv.weight.copy_(torch.eye(4).reshape(4, 4, 1, 1))
-    picture = torch.zeros(1, 4, 2, 2)
-    picture[0, 0] = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    image = torch.zeros(1, 4, 2, 2)
+    image[0, 0] = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
     # the mean of 1, 2, 3 and 6 is 3, in every channel of the main path and in channel 0 of the shortcut
     expected = torch.tensor([6.0, 3.0, 3.0, 3.0]).reshape(1, 4, 1, 1)
-    torch.testing.assert_close(block(picture), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(block(image), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_stem_and_the_last_three_stages_halve_the_map(resnet, pixels):
@@ -122,7 +122,7 @@ def test_it_has_the_interface_of_clip_model(resnet):
     output = resnet(input_ids=original["input_ids"][:3], pixel_values=original["pixel_values"], return_loss=True)
     torch.testing.assert_close(output.logits_per_text, output.logits_per_image.T)
     torch.testing.assert_close(output.logits_per_image, original["logits_per_image"][:, :3], rtol=1e-5, atol=1e-5)
-    own = torch.arange(3)  # each picture belongs to the text of its row
+    own = torch.arange(3)  # each image belongs to the text of its row
     both = F.cross_entropy(output.logits_per_image, own) + F.cross_entropy(output.logits_per_text, own)
     torch.testing.assert_close(output.loss, both / 2)
     assert output.image_embeds.norm(dim=-1).sub(1).abs().max() < 1e-5
@@ -151,14 +151,14 @@ def test_the_stock_zero_shot_pipeline_takes_the_folder(tiny_clip, tmp_path):
     model = built(tiny_config(tiny_clip.tokenizer))
     for part in (model, tiny_clip.tokenizer, clip_image_processor(32)):
         part.save_pretrained(tmp_path)
-    pictures = tiny_picture()
+    images = tiny_image()
     rows = pipeline("zero-shot-image-classification", model=str(tmp_path))(
-        pictures, candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {}."
+        images, candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {}."
     )
     tokens = AutoTokenizer.from_pretrained(tmp_path)(
         ["a photo of a cat.", "a photo of a dog."], padding=True, return_tensors="pt"
     )
-    pixel_values = clip_image_processor(32)(pictures, return_tensors="pt").pixel_values
+    pixel_values = clip_image_processor(32)(images, return_tensors="pt").pixel_values
     probabilities = model(**tokens, pixel_values=pixel_values).logits_per_image[0].softmax(-1)
     scores = {row["label"]: row["score"] for row in rows}
     assert scores == pytest.approx(dict(zip(("cat", "dog"), probabilities.tolist(), strict=True)), abs=1e-5)
@@ -234,11 +234,11 @@ def test_fresh_weights_follow_their_rules():
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_another_picture_size_is_an_error_unless_asked_for(resnet):
-    picture = torch.zeros(1, 3, 96, 128)
+def test_another_image_size_is_an_error_unless_asked_for(resnet):
+    image = torch.zeros(1, 3, 96, 128)
     with pytest.raises(ValueError, match="96 x 128 pixels, but this model takes 64 x 64"):
-        resnet.get_image_features(pixel_values=picture)
-    features = resnet.get_image_features(pixel_values=picture, interpolate_pos_encoding=True).pooler_output
+        resnet.get_image_features(pixel_values=image)
+    features = resnet.get_image_features(pixel_values=image, interpolate_pos_encoding=True).pooler_output
     assert features.shape == (1, 64)
     assert features.isfinite().all()
 
@@ -270,7 +270,7 @@ def test_half_precision_runs_and_is_near(resnet, pixels, dtype):
     assert F.cosine_similarity(output.float(), exact).min() > 0.99
 
 
-def tiny_picture():
+def tiny_image():
     import numpy as np
     from PIL import Image
 

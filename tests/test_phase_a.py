@@ -70,9 +70,9 @@ def arguments(**changes):
     return PhaseAArguments(**{"epochs": 2, "batch_size": 8, "optimizer": "adamw", "learning_rate": 1e-3, **changes})
 
 
-def trained(model, splits, encoder, told, **options) -> PhaseAResult:
+def trained(model, splits, encoder, given, **options) -> PhaseAResult:
     options = {"eval_dataset": splits.validation, "progress": False, **options}
-    return train_phase_a(model, splits.train, encoder, told, **options)
+    return train_phase_a(model, splits.train, encoder, given, **options)
 
 
 def copy_of(module):
@@ -103,7 +103,7 @@ def test_it_learns_colours_and_leaves_a_model_that_is_ready(model, splits, encod
 
 
 @pytest.mark.parametrize("train", ["both", "image", "projections"])
-def test_pictures_are_compared_with_the_models_own_class_embeddings(model, splits, encoder, train):
+def test_images_are_compared_with_the_models_own_class_embeddings(model, splits, encoder, train):
     """Descriptions in the place of templates, in training and in validation alike."""
     descriptions = {"green": ["grass", "leaves in spring", "moss"], "red": ["blood"]}
     model.set_class_names(NAMES, encoder.tokenizer, ["a {}", "one {}"], descriptions=descriptions)
@@ -119,9 +119,9 @@ def test_pictures_are_compared_with_the_models_own_class_embeddings(model, split
 @pytest.mark.parametrize("loss", ["contrastive", "class_prompt"])
 def test_what_is_not_trained_does_not_move(model, splits, encoder, train, loss):
     before = copy_of(model.clip)
-    told = arguments(train=train, loss=loss, epochs=1, train_logit_scale=False, metric_for_best="overall")
+    given = arguments(train=train, loss=loss, epochs=1, train_logit_scale=False, metric_for_best="overall")
     splits = dataclasses.replace(splits, validation=None)  # the last weights are kept
-    trained(model, splits, encoder, told)
+    trained(model, splits, encoder, given)
     moved = changed(before, model.clip)
     if train == "projections":
         assert moved == {"visual_projection.weight", "text_projection.weight"}
@@ -177,13 +177,13 @@ def test_checkpoints_do_not_change_what_is_trained(splits, encoder, tmp_path, op
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
 
 
-def naive_official_steps(model, encoder, splits, batches, told):
+def naive_official_steps(model, encoder, splits, batches, given):
     """The official update, written out: all prompts at 77 tokens each step, cosine cross-entropy, torch's own SGD."""
     clip = model.clip
     tokens = encoder.tokenizer(
         [f"a photo of a {name}." for name in NAMES], padding="max_length", max_length=77, return_tensors="pt"
     )
-    optimizer = torch.optim.SGD(clip.parameters(), lr=told.learning_rate, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(clip.parameters(), lr=given.learning_rate, momentum=0.9, weight_decay=5e-4)
     clip.train()
     for pixel_values, labels in batches:
         images = clip.get_image_features(pixel_values=pixel_values).pooler_output
@@ -204,10 +204,10 @@ def test_steps_are_those_of_the_official_update(splits, encoder):
 
     model = BalladForImageClassification.from_dual_encoder(encoder.clip, NAMES, encoder.tokenizer, logit_scale=100.0)
     start = copy_of(model.clip)
-    told = PhaseAArguments(
+    given = PhaseAArguments(
         epochs=2, batch_size=8, loss="class_prompt", learning_rate=1e-3, decay_all=True, schedule="constant"
     )
-    trained(model, dataclasses.replace(splits, validation=None), encoder, told)
+    trained(model, dataclasses.replace(splits, validation=None), encoder, given)
     ours = copy_of(model.clip)
 
     model.clip.load_state_dict(start)
@@ -216,7 +216,7 @@ def test_steps_are_those_of_the_official_update(splits, encoder):
     loader = train_loader(splits.train.with_transform(transform), sampler, 8, seed=0)
     batches = [(b["pixel_values"], b["labels"]) for epoch in (0, 1) for b in epoch_batches(loader, epoch, 0)]
     assert len(batches) == 8
-    naive_official_steps(model, encoder, splits, batches, told)
+    naive_official_steps(model, encoder, splits, batches, given)
     for name, value in model.clip.state_dict().items():
         if name == "logit_scale" or not value.is_floating_point():  # the official code keeps the scale fixed
             continue
@@ -226,9 +226,9 @@ def test_steps_are_those_of_the_official_update(splits, encoder):
 
 def test_the_best_epoch_is_kept_and_patience_ends_the_run(model, splits, encoder, caplog):
     # At such a rate every step makes it worse or no better than the start.
-    told = arguments(epochs=9, learning_rate=3.0, optimizer="sgd", early_stopping_patience=2, max_grad_norm=1.0)
+    given = arguments(epochs=9, learning_rate=3.0, optimizer="sgd", early_stopping_patience=2, max_grad_norm=1.0)
     before = copy_of(model.clip)
-    result = trained(model, splits, encoder, told)
+    result = trained(model, splits, encoder, given)
     scores = [entry["mean_class"] for entry in result.history]
     best = scores.index(max(scores))
     assert result.best_epoch == best
@@ -257,15 +257,15 @@ def test_the_tail_guard(model, splits, encoder, mode, monkeypatch, caplog):
     before = copy_of(model.clip)
     ways = []
 
-    def figures(self, towers):
+    def metrics(self, towers):
         way = (towers.clip.visual_projection.weight - before["visual_projection.weight"]).norm().item()
         ways.append(way)
         few = 0.5 if way <= 0.55 * max(ways) else 0.4
         return {**dict.fromkeys(METRIC_NAMES, None), "mean_class": 0.3 + way / 1000, "few": few}
 
-    monkeypatch.setattr(Validator, "__call__", figures)
-    told = arguments(epochs=4, tail_guard=mode, learning_rate=1e-2, schedule="constant")
-    result = trained(model, splits, encoder, told)
+    monkeypatch.setattr(Validator, "__call__", metrics)
+    given = arguments(epochs=4, tail_guard=mode, learning_rate=1e-2, schedule="constant")
+    result = trained(model, splits, encoder, given)
     assert ("rare classes have lost" in caplog.text) == (mode != "off")
     if mode == "stop":
         assert result.steps == 4  # after the first of four epochs
@@ -286,8 +286,8 @@ def test_low_rank_updates_are_merged_into_a_plain_model(model, splits, encoder):
     pytest.importorskip("peft")
     names = list(model.clip.state_dict())
     before = copy_of(model.clip)
-    told = arguments(lora_rank=2, train="image", learning_rate=1e-2)
-    trained(model, dataclasses.replace(splits, validation=None), encoder, told)
+    given = arguments(lora_rank=2, train="image", learning_rate=1e-2)
+    trained(model, dataclasses.replace(splits, validation=None), encoder, given)
     assert list(model.clip.state_dict()) == names
     moved = changed(before, model.clip) - {"logit_scale"}
     assert moved
@@ -331,14 +331,14 @@ def test_compiled_towers_train_alike_and_are_plain_afterwards(splits, encoder, m
         return graph.forward
 
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **told: compiler(function, backend=as_it_is, **told))
+    monkeypatch.setattr(torch, "compile", lambda function, **given: compiler(function, backend=as_it_is, **given))
     start = copy_of(encoder.clip)
     weights = []
     for torch_compile in (False, True):
         encoder.clip.load_state_dict(start)
         model = BalladForImageClassification.from_dual_encoder(encoder.clip, NAMES, encoder.tokenizer)
-        told = arguments(epochs=1, optimizer="sgd", max_steps=1, torch_compile=torch_compile)
-        trained(model, dataclasses.replace(splits, validation=None), encoder, told)
+        given = arguments(epochs=1, optimizer="sgd", max_steps=1, torch_compile=torch_compile)
+        trained(model, dataclasses.replace(splits, validation=None), encoder, given)
         assert bool(graphs) == torch_compile
         weights.append(copy_of(model))
     for name, value in weights[0].items():
@@ -376,13 +376,13 @@ def test_running_statistics_of_a_modified_resnet(splits, encoder, batch_norm):
     clip = CLIPResNetModel(config).eval()
     model = BalladForImageClassification.from_dual_encoder(clip, NAMES, encoder.tokenizer)
     before = copy_of(clip)
-    told = arguments(batch_norm=batch_norm, epochs=1)
-    trained(model, dataclasses.replace(splits, validation=None), encoder, told)
+    given = arguments(batch_norm=batch_norm, epochs=1)
+    trained(model, dataclasses.replace(splits, validation=None), encoder, given)
     statistics = {name for name in changed(before, clip) if "running" in name}
     assert bool(statistics) == (batch_norm == "train")
 
 
-def test_low_rank_updates_of_one_tower_alone_are_said(encoder, caplog):
+def test_low_rank_updates_of_one_tower_alone_are_reported(encoder, caplog):
     pytest.importorskip("peft")
     from ballad_hf.models.configuration_clip_resnet import CLIPResNetConfig
     from ballad_hf.training.optimization import LowRankUpdates
@@ -451,8 +451,8 @@ def test_a_callback_asks_for_a_checkpoint(model, splits, encoder, tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_save = state.global_step == 3
 
-    told = arguments(keep_checkpoints=9)
-    trained(model, splits, encoder, told, callbacks=[Saves], output_dir=tmp_path)
+    given = arguments(keep_checkpoints=9)
+    trained(model, splits, encoder, given, callbacks=[Saves], output_dir=tmp_path)
     steps = [int(path.name.removeprefix("step-")) for path in sorted((tmp_path / "phase_a").glob("step-*"))]
     assert steps == [0, 3, 4, 8]
 
@@ -473,9 +473,9 @@ def test_early_stopping_of_transformers_stops_and_its_patience_survives_a_resume
 
         accelerator = Accelerator()
         events = TrainingEvents([EarlyStoppingCallback(3), Interrupts], args, accelerator, model)
-        told = arguments(epochs=9, learning_rate=1e-12, optimizer="sgd")
+        given = arguments(epochs=9, learning_rate=1e-12, optimizer="sgd")
         return trained(
-            model, splits, encoder, told, callbacks=events, output_dir=folder, resume_from_checkpoint=resume
+            model, splits, encoder, given, callbacks=events, output_dir=folder, resume_from_checkpoint=resume
         )
 
     assert run(tmp_path / "whole").steps == 3 * 4
@@ -528,8 +528,8 @@ def test_samplers_and_the_crop_schedule_reach_the_loader(model, splits, encoder,
         return draw(width, height, to_width, to_height, scale, rng)
 
     monkeypatch.setattr(transforms, "_random_box_of_shape", recorded)
-    told = arguments(epochs=3, sampler=sampler, crop_schedule="linear", crop_scale=0.5)
-    result = trained(model, splits, encoder, told)
+    given = arguments(epochs=3, sampler=sampler, crop_schedule="linear", crop_scale=0.5)
+    result = trained(model, splits, encoder, given)
     pictures = 8 * result.steps // 3
     assert scales == [(0.5, 1.0)] * pictures + [(0.75, 1.0)] * pictures + [(1.0, 1.0)] * pictures
 
@@ -545,8 +545,8 @@ def test_a_loss_corrects_what_the_sampler_leaves(splits, encoder):
 
 
 def test_the_loss_follows_a_progressive_sampler(model, splits, encoder):
-    told = arguments(epochs=3, sampler="progressive", loss="balanced_softmax")
-    setup = set_up_phase_a(model, splits.train, encoder, told, Accelerator(cpu=True))
+    given = arguments(epochs=3, sampler="progressive", loss="balanced_softmax")
+    setup = set_up_phase_a(model, splits.train, encoder, given, Accelerator(cpu=True))
     shares = {0: [20 / 32, 8 / 32, 4 / 32], 2: [1 / 3, 1 / 3, 1 / 3]}
     for epoch, expected in shares.items():
         setup.start_epoch(epoch)
@@ -567,13 +567,13 @@ def test_bad_input_is_named(model, splits, encoder):
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_without_validation_the_last_epoch_is_kept_and_said(splits, encoder, tmp_path, caplog, ema_decay):
-    told = arguments(epochs=3, ema_decay=ema_decay)
+def test_without_validation_the_last_epoch_is_kept_and_logged(splits, encoder, tmp_path, caplog, ema_decay):
+    given = arguments(epochs=3, ema_decay=ema_decay)
     without = dataclasses.replace(splits, validation=None)
 
     def run(splits, **options):
         model = BalladForImageClassification.from_dual_encoder(copy.deepcopy(encoder.clip), NAMES, encoder.tokenizer)
-        return trained(model, splits, encoder, told, **options), copy_of(model)
+        return trained(model, splits, encoder, given, **options), copy_of(model)
 
     result, weights = run(without, output_dir=tmp_path)
     assert (result.best_epoch, result.steps, result.validation, result.zero_shot) == (3, 12, None, None)

@@ -55,10 +55,10 @@ def test_arithmetic_by_hand(phase_a, tiny):
     width, patches = 32, 16
     tokens = patches + 1
     layer = tokens * 2 * (12 * width**2 + 2 * tokens * width)
-    picture = patches * 2 * width * 3 * 8**2 + layer + 2 * width * 16
-    assert phase_a.training_flops(tiny, pictures=5, prompts=0, length=0) == 3 * 5 * picture
+    image = patches * 2 * width * 3 * 8**2 + layer + 2 * width * 16
+    assert phase_a.training_flops(tiny, images=5, prompts=0, length=0) == 3 * 5 * image
     prompt = 77 * 2 * (12 * width**2 + 2 * 77 * width)
-    assert phase_a.training_flops(tiny, pictures=0, prompts=7, length=77) == 3 * 7 * prompt
+    assert phase_a.training_flops(tiny, images=0, prompts=7, length=77) == 3 * 7 * prompt
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_counting_runs_nothing(phase_a, capsys):
     phase_a.main(["--count", "--size", "vit_b16", "--classes", "1000", "--device", "cpu"])
     *_, naive, class_prompt, contrastive = capsys.readouterr().out.splitlines()
     assert naive.endswith("| 1.0 |")
-    # 17.5 billion multiply-adds a picture and 3 a prompt, as published: 3 * 2 * (128 * 17.5 + 1000 * 3) / 1000
+    # 17.5 billion multiply-adds an image and 3 a prompt, as published: 3 * 2 * (128 * 17.5 + 1000 * 3) / 1000
     assert float(naive.split("|")[4]) == pytest.approx(31.4, rel=0.02)
     assert float(class_prompt.split("|")[5]) < float(contrastive.split("|")[5])
 

@@ -20,13 +20,13 @@ def test_one_class_is_no_classification(tiny_clip):
         check_before_training(tiny_clip.clip, dataset_of(["cat"], [5]), tiny_clip.image_processor)
 
 
-def test_every_class_without_a_training_picture_is_named(tiny_clip):
+def test_every_class_without_a_training_image_is_named(tiny_clip):
     dataset = dataset_of(["cat", "dog", "fox", "owl"], [5, 0, 1, 0])
     with pytest.raises(ValueError, match="2 classes have no training image: dog, owl"):
         check_before_training(tiny_clip.clip, dataset, tiny_clip.image_processor)
 
 
-def test_a_picture_size_that_the_tower_cannot_take_is_named(tiny_clip):
+def test_an_image_size_that_the_tower_cannot_take_is_named(tiny_clip):
     image_processor = type(tiny_clip.image_processor)(
         size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}
     )

@@ -111,7 +111,7 @@ def test_cached_features_give_the_adapter_that_training_through_the_towers_gives
 
     from ballad_hf.data.transforms import evaluation_transform
 
-    pictures = train.with_transform(evaluation_transform(tiny_clip.image_processor))
+    images = train.with_transform(evaluation_transform(tiny_clip.image_processor))
     model = tiny_ballad.requires_grad_(False)
     model.adapter.requires_grad_(True)
     optimizer = torch.optim.SGD(model.adapter.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
@@ -122,7 +122,7 @@ def test_cached_features_give_the_adapter_that_training_through_the_towers_gives
         sampler.set_epoch(epoch)
         rows = list(sampler)
         for at in range(0, len(rows) - 15, 16):
-            items = [pictures[row] for row in rows[at : at + 16]]
+            items = [images[row] for row in rows[at : at + 16]]
             optimizer.param_groups[0]["lr"] = 0.05 * 0.5 * (1 + math.cos(math.pi * step / steps))
             pixel_values = torch.stack([item["pixel_values"] for item in items])
             output = model(pixel_values=pixel_values, labels=torch.tensor([item["labels"] for item in items]))
@@ -173,7 +173,7 @@ def test_the_latest_epoch_within_the_error_of_the_highest_is_kept(
     assert (training.best.epoch, training.best.score) == (kept, scores[kept])
 
 
-def test_without_validation_the_last_epoch_is_kept_and_said(tiny_ballad, caplog):
+def test_without_validation_the_last_epoch_is_kept_and_logged(tiny_ballad, caplog):
     """Even where validation would have kept the start, as in the test below."""
     table = table_for(tiny_ballad)
     result = train_phase_b(tiny_ballad, table, PhaseBArguments(epochs=3, adapter_start="identity"))
@@ -295,7 +295,7 @@ def test_training_with_mixup_is_repeatable_and_its_own(tiny_ballad):
 
 @pytest.mark.parametrize("scale", [4.0, 100.0])
 def test_margins_are_on_the_scale_of_the_logits(tiny_ballad, scale):
-    """Pictures at right angles to every text have logits of 0, whatever their class; all margins are half a cosine."""
+    """Images at right angles to every text have logits of 0, whatever their class; all margins are half a cosine."""
     tiny_ballad.config.logit_scale = scale
     across = torch.linalg.qr(tiny_ballad.class_embeds.T, mode="complete").Q[:, -1]  # (dim,) seen by no text
     labels = torch.arange(5).repeat_interleave(4)

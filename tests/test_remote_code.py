@@ -16,7 +16,7 @@ from ballad_hf.conversion.dual_encoders import clip_image_processor
 
 from .conftest import CLASS_NAMES
 from .test_join_towers import tiny_joined
-from .test_modeling_clip_resnet import built, tiny_config, tiny_picture
+from .test_modeling_clip_resnet import built, tiny_config, tiny_image
 
 
 JOINED_CODE = {
@@ -87,7 +87,7 @@ def scores(rows: list[dict]) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_folded_models_and_models_with_code_work_without_the_package(tiny_ballad, tiny_clip, tmp_path, monkeypatch):
-    tokenizer, processor, image = tiny_clip.tokenizer, clip_image_processor(32), tiny_picture()
+    tokenizer, processor, image = tiny_clip.tokenizer, clip_image_processor(32), tiny_image()
     resnet = BalladForImageClassification.from_dual_encoder(built(tiny_config(tokenizer)), CLASS_NAMES, tokenizer)
     with torch.no_grad():
         resnet.adapter.linear.weight.copy_(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))
@@ -111,9 +111,9 @@ def test_folded_models_and_models_with_code_work_without_the_package(tiny_ballad
     assert code["ballad"] == {file.name for file in FILES} - {"__init__.py"}
     assert code["folded-resnet"] == {"configuration_clip_resnet.py", "modeling_clip_resnet.py"}
     assert code["folded-joined"] == JOINED_CODE
-    image.save(tmp_path / "picture.png")
+    image.save(tmp_path / "image.png")
     done = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_BALLAD, "picture.png"],
+        [sys.executable, "-c", _WITHOUT_BALLAD, "image.png"],
         capture_output=True,
         text=True,
         check=False,

@@ -293,7 +293,7 @@ def test_the_report_has_the_curves_of_both_phases(tmp_path):
     assert "training_curves.png" not in [plot.name for plot in save_plots(tmp_path / "x", results, predictions)]
 
 
-def test_a_bad_result_is_said_in_the_report(tmp_path):
+def test_a_bad_result_is_reported_in_the_report(tmp_path):
     good, bad = _stage([0] * 4 + [1] * 4 + [2] * 4)[1], _stage([1] * 4 + [2] * 4 + [0] * 4)[1]
     write_report(tmp_path / "report.html", {"zero-shot": good, "phase B": bad}, title="Pets")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -99,7 +99,7 @@ def test_class_aware_draws_whole_classes_in_cycles(labels, k, seed, epoch):
     sampler.set_epoch(epoch)
     rows = sampler.rows().reshape(3, len(classes), k)
     drawn = labels[rows]
-    # The k pictures of a draw are of one class, and each class comes once a cycle.
+    # The k images of a draw are of one class, and each class comes once a cycle.
     assert (drawn == drawn[:, :, :1]).all()
     assert (np.sort(drawn[:, :, 0], axis=1) == classes).all()
 
@@ -161,7 +161,7 @@ def test_every_class_has_its_share_rounded_up_or_down(labels, power, length, see
     drawn = np.array([(labels[rows] == label).sum() for label in classes])
     assert (np.floor(shares - 1e-6) <= drawn).all()
     assert (drawn <= np.ceil(shares + 1e-6)).all()
-    # No picture comes twice before every picture of its class came once.
+    # No image comes twice before every image of its class came once.
     uses = np.bincount(rows, minlength=len(labels))
     for label in classes:
         assert np.ptp(uses[labels == label]) <= 1
@@ -178,14 +178,14 @@ def test_shares_by_hand():
     assert np.bincount(labels[PowerSampler(labels, 0, length=27).rows()]).tolist() == [9, 9, 9]
 
 
-def test_a_fraction_of_a_picture_is_right_on_average():
+def test_a_fraction_of_an_image_is_right_on_average():
     labels = np.array([0] * 99 + [1])
     sampler = ClassWeightSampler(labels, [0.99, 0.01], length=50)
     tail = 0
     for epoch in range(400):
         sampler.set_epoch(epoch)
         tail += (labels[sampler.rows()] == 1).sum()
-    # Half a picture an epoch: 200 of 400 epochs, with a standard deviation of 10.
+    # Half an image an epoch: 200 of 400 epochs, with a standard deviation of 10.
     assert 150 < tail < 250
 
 

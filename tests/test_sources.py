@@ -123,7 +123,7 @@ def test_pictures_deep_in_class_folders_and_other_files(pictures, caplog):
         ({}, "^$"),
     ],
 )
-def test_options_of_another_kind_of_source_are_told(pictures, caplog, options, said):
+def test_options_of_another_kind_of_source_are_logged(pictures, caplog, options, said):
     logging.enable_propagation()
     try:
         load_splits(pictures, **options)

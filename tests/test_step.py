@@ -35,7 +35,7 @@ LABELS = torch.tensor([0, 0, 1, 0, 2, 5, 1])
 def gradients_of(
     clip, tokenizer, loss, micro_batch_size=None, piece=None, train="both", templates=("a {}.",), own=None
 ):
-    """Gradients by name, and the loss, from one step over 7 pictures."""
+    """Gradients by name, and the loss, from one step over 7 images."""
     freeze_the_rest(clip, train, train_logit_scale=True)
     clip.zero_grad()
     accelerator = Accelerator(cpu=True)
@@ -122,7 +122,7 @@ def test_the_contrastive_loss_over_uneven_classes_is_that_of_their_embeddings(ti
     pixel_values = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         images = clip.get_image_features(pixel_values=pixel_values).pooler_output
-        pairs = clip.logit_scale.exp() * torch.nn.functional.normalize(images) @ embeds[LABELS].T  # a text a picture
+        pairs = clip.logit_scale.exp() * torch.nn.functional.normalize(images) @ embeds[LABELS].T  # a text an image
     same = (LABELS[:, None] == LABELS).float()
     both = [-((logits.log_softmax(1) * same).sum(1) / same.sum(1)).mean().item() for logits in (pairs, pairs.T)]
     assert value == pytest.approx(sum(both) / 2, rel=1e-5)

@@ -50,7 +50,7 @@ def test_a_good_result_needs_no_words():
     assert verdict({"model": _stage(0.6)}) == []
 
 
-def test_a_result_below_the_first_is_said_with_its_split_and_what_to_try():
+def test_a_result_below_the_first_is_reported_with_its_split_and_what_to_try():
     (sentence,) = verdict({"zero-shot": _stage(0.9), "phase A": _stage(0.95), "phase B": _stage(0.6)})
     assert sentence.startswith("Below zero-shot: phase B has a mean-class accuracy of 60.0% on the validation images")
     assert "90.0%" in sentence
@@ -61,7 +61,7 @@ def test_a_result_below_the_first_is_said_with_its_split_and_what_to_try():
 
 
 @pytest.mark.parametrize("accuracy", [0.0, 0.25, 0.27])
-def test_a_result_at_chance_is_said_with_the_level_of_chance(accuracy):
+def test_a_result_at_chance_is_reported_with_the_level_of_chance(accuracy):
     (sentence,) = verdict({"phase B": _stage(accuracy)})
     assert sentence.startswith("Not above chance: phase B")
     assert "scores 25.0%" in sentence

@@ -51,7 +51,7 @@ def test_the_built_in_run_prints_the_table_and_how_to_use_the_result(digits_run)
     assert "run" in result.stdout
 
 
-def test_the_run_says_beside_the_result_what_it_was_told(digits_run):
+def test_the_run_saves_its_arguments_beside_the_result(digits_run):
     folder, _ = digits_run
     arguments = yaml.safe_load((folder / "run" / "arguments.yaml").read_text())
     assert arguments["dataset"] == "digits"
@@ -63,7 +63,7 @@ def test_the_run_says_beside_the_result_what_it_was_told(digits_run):
     assert 0 <= metrics["phase B"]["overall"] <= 1
 
 
-def test_every_file_that_the_docs_promise_is_there_and_part_of_the_bundle(digits_run):
+def test_every_file_that_the_docs_promise_is_there_and_part_of_the_model_directory(digits_run):
     folder, _ = digits_run
     table = (ROOT / "docs" / "hub.md").read_text(encoding="utf-8").partition("## Pushing")[0]
     promised = [
@@ -78,8 +78,8 @@ def test_every_file_that_the_docs_promise_is_there_and_part_of_the_bundle(digits
 
 def test_both_stock_pipelines_load_the_folder_without_a_warning(digits_run, caplog, recwarn):
     folder, _ = digits_run
-    picture = Image.new("RGB", (40, 30), "white")
-    classified = pipeline("image-classification", model=str(folder / "run"))(picture)
+    image = Image.new("RGB", (40, 30), "white")
+    classified = pipeline("image-classification", model=str(folder / "run"))(image)
     assert {answer["label"] for answer in classified} <= {"zero", "one", "two", "three", "four", "five"} | {
         "six",
         "seven",
@@ -87,7 +87,7 @@ def test_both_stock_pipelines_load_the_folder_without_a_warning(digits_run, capl
         "nine",
     }
     zero_shot = pipeline("zero-shot-image-classification", model=str(folder / "run"))
-    answers = zero_shot(picture, candidate_labels=["seven", "cat"], hypothesis_template="a photo of a {}.")
+    answers = zero_shot(image, candidate_labels=["seven", "cat"], hypothesis_template="a photo of a {}.")
     assert sum(answer["score"] for answer in answers) == pytest.approx(1)
     assert [record.message for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
     assert [str(warning.message) for warning in recwarn] == []
@@ -124,36 +124,36 @@ def test_a_push_that_can_not_work_is_known_before_training(tmp_path):
 
 
 @pytest.fixture
-def picture_folder(tmp_path):
-    """Three classes, 12, 6 and 4 pictures, without ready splits; the names need cleaning."""
+def image_folder(tmp_path):
+    """Three classes, 12, 6 and 4 images, without ready splits; the names need cleaning."""
     generator = np.random.default_rng(0)
     for name, count, shade in (("red_fox", 12, 0), ("owl", 6, 120), ("zebra", 4, 200)):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "images" / name).mkdir(parents=True)
         for index in range(count):
             pixels = generator.integers(shade, shade + 50, (40, 36, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{index}.png")
-    return tmp_path / "pictures"
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
+    return tmp_path / "images"
 
 
-def test_a_picture_that_was_cut_off_is_named_before_training(picture_folder, tmp_path):
-    broken = picture_folder / "owl" / "3.png"
+def test_an_image_that_was_cut_off_is_named_before_training(image_folder, tmp_path):
+    broken = image_folder / "owl" / "3.png"
     broken.write_bytes(broken.read_bytes()[:-30])
-    result = launch("--dataset", str(picture_folder), "--model_name_or_path", "tiny", cwd=tmp_path)
+    result = launch("--dataset", str(image_folder), "--model_name_or_path", "tiny", cwd=tmp_path)
     assert result.returncode != 0
     assert f"{broken} can't be read" in result.stderr
     assert "--on_unreadable skip" in result.stderr
     assert "Phase A" not in result.stderr
 
 
-def test_all_images_are_trained_on_where_nothing_is_held_out(picture_folder, tmp_path, capsys, caplog):
+def test_all_images_are_trained_on_where_nothing_is_held_out(image_folder, tmp_path, capsys, caplog):
     """Without a test split there is nothing to measure; with one, the last epoch of both phases is what it says."""
     main = example_module("train_ballad").main
     options = ["--model_name_or_path", "tiny", "--validation_fraction", "0", "--output_dir", str(tmp_path / "run")]
     options += [*QUICK, "--phase_a_batch_size", "4", "--phase_b_batch_size", "4", "--mixed_precision", "no"]
     with pytest.raises(ValueError, match="no test split, and validation_fraction 0"):
-        main(["--dataset", str(picture_folder), "--test_fraction", "0", *options])
+        main(["--dataset", str(image_folder), "--test_fraction", "0", *options])
     for split in ("train", "test"):
-        shutil.copytree(picture_folder, tmp_path / "splits" / split)
+        shutil.copytree(image_folder, tmp_path / "splits" / split)
     main(["--dataset", str(tmp_path / "splits"), *options, "--overwrite_output_dir", "true"])
     assert "phase A keeps the weights of its last epoch" in caplog.text
     assert "phase B keeps the adapter of its last epoch" in caplog.text
@@ -162,9 +162,9 @@ def test_all_images_are_trained_on_where_nothing_is_held_out(picture_folder, tmp
     assert config["class_counts"] == [6, 12, 4]
 
 
-def test_a_users_own_pictures_and_checkpoint(picture_folder, clip_folder, tmp_path):
+def test_a_users_own_images_and_checkpoint(image_folder, clip_folder, tmp_path):
     config = tmp_path / "mine.yaml"
-    config.write_text(yaml.safe_dump({"dataset": str(picture_folder), "phase_a_batch_size": 4, "seed": 3}))
+    config.write_text(yaml.safe_dump({"dataset": str(image_folder), "phase_a_batch_size": 4, "seed": 3}))
     options = [
         "--config",
         str(config),

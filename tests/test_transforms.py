@@ -104,7 +104,7 @@ def test_training_draws_from_its_generator_alone():
     assert first.shape == (3, 32, 32)
 
 
-def test_without_any_augmentation_it_is_the_whole_picture():
+def test_without_any_augmentation_it_is_the_whole_image():
     transform = train_transform(processor(), scale=(1.0, 1.0), horizontal_flip=0, color_jitter=0)
     picture = noise(50, 50)
     torch.testing.assert_close(
@@ -137,7 +137,7 @@ def test_jitter_keeps_to_its_strength():
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 500), st.integers(1, 500), st.floats(0.05, 1), st.integers(0, 2**32))
-def test_a_random_box_lies_in_the_picture_and_keeps_its_share(width, height, low, seed):
+def test_a_random_box_lies_in_the_image_and_keeps_its_share(width, height, low, seed):
     left, top, right, bottom = _random_box(width, height, (low, 1.0), np.random.default_rng(seed))
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
@@ -147,7 +147,7 @@ def test_a_random_box_lies_in_the_picture_and_keeps_its_share(width, height, low
         assert 0.7 < (right - left) / (bottom - top) < 1.4
 
 
-def test_boxes_reach_every_part_of_the_picture():
+def test_boxes_reach_every_part_of_the_image():
     rng = np.random.default_rng(0)
     boxes = np.array([_random_box(100, 80, (0.5, 1.0), rng) for _ in range(500)])
     assert boxes[:, :2].min(axis=0).tolist() == [0, 0]

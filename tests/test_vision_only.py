@@ -65,8 +65,8 @@ def test_the_bundle_serves_in_the_stock_pipeline(tiny_ballad, tiny_processor, tm
     whole = save_model_directory(tiny_ballad, tmp_path / "whole", tiny_processor)
     removed = tiny_ballad.remove_text_tower()
     small = save_model_directory(tiny_ballad, tmp_path / "small", tiny_processor.image_processor)
-    picture = Image.new("RGB", (40, 32), (200, 30, 90))
-    rows = [pipeline("image-classification", model=str(folder))(picture) for folder in (whole, small)]
+    image = Image.new("RGB", (40, 32), (200, 30, 90))
+    rows = [pipeline("image-classification", model=str(folder))(image) for folder in (whole, small)]
     assert {row["label"]: pytest.approx(row["score"], abs=1e-5) for row in rows[0]} == {
         row["label"]: row["score"] for row in rows[1]
     }

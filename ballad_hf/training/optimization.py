@@ -1,4 +1,4 @@
-"""Which weights are trained, whole or by low-rank updates, at what rate from step to step, and their average."""
+"""Which weights are trained, whole or by low-rank updates, the learning rate of each step, and their average."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def freeze_the_rest(
 
 
 def parameter_groups(clip: nn.Module, arguments: PhaseAArguments) -> list[dict[str, Any]]:
-    """Parameters that take gradients, in groups of one rate and one weight decay.
+    """Parameters that take gradients, in groups of one learning rate and one weight decay.
 
-    Norms, biases and the logit scale are not decayed, unless `decay_all`. The rate is the tower's or, for projections
-    and the logit scale, the head's, times `layer_decay` for each layer below the top of the tower.
+    Norms, biases and the logit scale are not decayed, unless `decay_all`. The learning rate is the tower's or, for
+    projections and the logit scale, the head's, times `layer_decay` for each layer below the top of the tower.
 
     Args:
         clip: the dual encoder, with the rest frozen.
@@ -117,7 +117,7 @@ def schedule_factor(
     schedule: Literal["cosine", "constant", "official"] = "cosine",
     steps_per_epoch: int = 1,
 ) -> float:
-    """What the peak rate is multiplied with in one step; the peak itself is used, and no step is wasted on 0.
+    """What the peak learning rate is multiplied with in one step; the peak itself is used, and no step is wasted on 0.
 
     `cosine` is SGDR without restarts (Loshchilov and Hutter, 2017, equation 5), taken in every step. `official` is
     what the official code does: it changes once an epoch and before the epoch, so that its first epoch is below the
@@ -147,7 +147,7 @@ def schedule_factor(
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Give every group its peak rate times `factor`."""
+    """Give every group its peak learning rate times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 

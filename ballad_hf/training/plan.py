@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Preset = Literal["quick", "standard", "paper"]
 Settings = dict[str, Any]
 
-# There is no pretraining to preserve: rates, decay and clipping of a training from scratch.
+# There is no pretraining to preserve: learning rates, decay and clipping of a training from scratch.
 SCRATCH: Settings = {
     "phase_a_epochs": 70,
     "phase_a_batch_size": 32,
@@ -70,7 +70,7 @@ JOINED: Settings = {
     "phase_b_mixup": 1.0,
     "phase_b_learning_rate": 2.0,
 }
-# A dual encoder trained on image-text pairs: the paper's loss, optimizer and rate, in fewer epochs.
+# A dual encoder trained on image-text pairs: the paper's loss, optimizer and learning rate, in fewer epochs.
 GENTLE: Settings = {
     "phase_a_epochs": 10,
     "phase_a_batch_size": 512,

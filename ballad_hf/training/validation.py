@@ -193,7 +193,7 @@ def best_on_the_line(
     Args:
         metrics_at: measures a point; asked for 0, 0.1, ..., 1.
         guard: with the metrics before training.
-        metric: name of the figure that is to be high.
+        metric: name of the metric that is to be high.
 
     Returns:
         Alpha, and the metrics of every point. Of equal points the one farthest from the start is taken.
