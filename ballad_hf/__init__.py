@@ -6,6 +6,7 @@ are registered with the Auto classes when transformers imports those.
 
 import importlib
 import sys
+from typing import Any
 
 from ._registration import register_when_transformers_loads
 from ._version import __version__
@@ -61,7 +62,7 @@ _MODULE_OF = {
 __all__ = [*_MODULE_OF, "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     module = _MODULE_OF.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

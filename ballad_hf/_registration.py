@@ -9,6 +9,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+from typing import Any
 
 
 # A module of transformers -> the package that registers with it.
@@ -34,7 +35,7 @@ class _ModuleFinder(importlib.abc.MetaPathFinder):
         self.module = module
         self.package = package
 
-    def find_spec(self, fullname, path, target=None):
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != self.module:
             return None
         sys.meta_path.remove(self)
@@ -45,14 +46,14 @@ class _ModuleFinder(importlib.abc.MetaPathFinder):
 
 
 class _ThenRegister(importlib.abc.Loader):
-    def __init__(self, loader, package: str):
+    def __init__(self, loader: Any, package: str):
         self.loader = loader
         self.package = package
 
-    def create_module(self, spec):
+    def create_module(self, spec: Any) -> Any:
         return self.loader.create_module(spec)
 
-    def exec_module(self, module):
+    def exec_module(self, module: Any) -> None:
         # Readers of source code and resources ask the loader of the module for them.
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)

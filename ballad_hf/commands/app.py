@@ -24,7 +24,7 @@ class AppArguments:
     port: int = option("port of the page", 7860)
     share: bool = option("make a public link, through Gradio's servers", False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.port < 2**16:
             raise ValueError(f"port is {self.port}: choose a number from 1 to {2**16 - 1}.")
 
@@ -96,7 +96,7 @@ def build_page(classify: Any, name: str) -> Any:
             answer = gr.Label(num_top_classes=TOP_K, label="Classes")
         inputs = [image, labels, prior]
 
-        def answer_for(image, labels, prior):
+        def answer_for(image: Any, labels: Any, prior: Any) -> Any:
             return top_classes(classify, image, labels, prior)
 
         # While the slider moves, only its last position is classified.

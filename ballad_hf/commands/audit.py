@@ -25,7 +25,7 @@ class AuditArguments:
     num_threads: int | None = option("threads that read images; default: one per processor")
     seed: int = option("random seed; that of training splits alike", 0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"num_threads is {self.num_threads}: give 1 or more, or leave it out.")
 

@@ -34,7 +34,7 @@ class EvaluationArguments:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = option("autocast precision")
     seed: int = option("seed of a validation split held out from the training images; default: that of the run", 0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.adapter_ratio is not None and not 0 <= self.adapter_ratio <= 1:
             raise ValueError(f"adapter_ratio is {self.adapter_ratio}: choose 0 (without the adapter) to 1.")
         if self.batch_size < 1 or self.num_workers < 0:

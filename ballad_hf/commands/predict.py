@@ -59,7 +59,7 @@ class PredictionArguments:
     num_workers: int = option("worker processes that read images, for each process", 0)
     device: str | None = option("such as cuda:1; default: a GPU where there is one")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if Path(self.output).suffix not in SUFFIXES:
             raise ValueError(f"output is {self.output!r}: it must end in {' or '.join(SUFFIXES)}.")
         for name in ("top_k", "batch_size"):

@@ -50,7 +50,7 @@ class SweepArguments:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = option("autocast precision")
     seed: int = option("random seed; default: that of the run, which held out its validation split with it", 0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("least_many", "least_few"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -193,7 +193,9 @@ def run(arguments: Arguments) -> Path:
     return folder
 
 
-def _tables(model: Any, splits: dict[str, Any], processor: Any, arguments: Arguments, accelerator: Any):
+def _tables(
+    model: Any, splits: dict[str, Any], processor: Any, arguments: Arguments, accelerator: Any
+) -> dict[str, Any]:
     """The feature table of each split."""
     from ..data.image_dataset import align_labels
     from ..data.transforms import five_crop_transform, train_transform

@@ -143,7 +143,7 @@ class _ScriptModule:
     def __init__(self) -> None:
         self.attributes: dict[str, Any] = {}
 
-    def __new__(cls, *args):
+    def __new__(cls, *args: Any) -> Any:
         instance = super().__new__(cls)
         instance.attributes = {}
         return instance
@@ -283,7 +283,7 @@ class _RecordUnpickler(pickle.Unpickler):
         return storage
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_) -> _StoredTensor:
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _StoredTensor:
     numbers = (offset, *size, *stride)
     if not isinstance(storage, _Storage) or len(size) != len(stride):
         raise ValueError("A tensor has no storage, or no shape.")
@@ -292,11 +292,11 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_) -> _StoredTen
     return _StoredTensor(storage, offset, tuple(size), tuple(stride))
 
 
-def _ignore(*_) -> None:
+def _ignore(*_: Any) -> None:
     return None
 
 
-def _first(data: Any, *_) -> Any:
+def _first(data: Any, *_: Any) -> Any:
     return data
 
 

@@ -83,7 +83,7 @@ def convert_openai_clip(
 
 
 def convert_open_clip(
-    name_or_path: str | os.PathLike, output_dir: str | os.PathLike, tokenizer: TokenizerSource = None, **kwargs
+    name_or_path: str | os.PathLike, output_dir: str | os.PathLike, tokenizer: TokenizerSource = None, **kwargs: Any
 ) -> Path:
     """Convert an open_clip Hub repository or folder into a folder of transformers.
 
@@ -156,7 +156,7 @@ def convert_official_ballad(
     return Path(output_dir)
 
 
-def convert_to_clip(ballad: str | os.PathLike, output_dir: str | os.PathLike, **kwargs) -> Path:
+def convert_to_clip(ballad: str | os.PathLike, output_dir: str | os.PathLike, **kwargs: Any) -> Path:
     """Fold a saved BALLAD model to a plain dual encoder, see `BalladForImageClassification.fold_adapter`.
 
     A modified ResNet is not in transformers: its folder contains its code, and loads with `trust_remote_code=True`
@@ -177,7 +177,7 @@ def convert_to_clip(ballad: str | os.PathLike, output_dir: str | os.PathLike, **
     return Path(output_dir)
 
 
-def convert_to_vision_only(ballad: str | os.PathLike, output_dir: str | os.PathLike, **kwargs) -> Path:
+def convert_to_vision_only(ballad: str | os.PathLike, output_dir: str | os.PathLike, **kwargs: Any) -> Path:
     """Save a BALLAD model without its text tower; it serves its stored classes. The sizes are logged.
 
     Args:
@@ -200,7 +200,7 @@ def convert_to_vision_only(ballad: str | os.PathLike, output_dir: str | os.PathL
     return Path(output_dir)
 
 
-def load_ballad(ballad: str | os.PathLike, **kwargs) -> BalladForImageClassification:
+def load_ballad(ballad: str | os.PathLike, **kwargs: Any) -> BalladForImageClassification:
     """`BalladForImageClassification.from_pretrained` for BALLAD models alone.
 
     Args:

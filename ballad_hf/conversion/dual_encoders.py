@@ -69,7 +69,7 @@ _TIMEOUT = 5.0  # seconds that the Hub has to answer
 _NOTHING: Mapping[str, Any] = {}
 
 
-def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+def load_dual_encoder(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """A pretrained model with an image tower and a text tower.
 
     Args:
@@ -215,7 +215,7 @@ def load_openai_clip(
 
 
 def load_tokenizer(
-    source: str | os.PathLike | PreTrainedTokenizerBase, clip_config: PreTrainedConfig, **hub
+    source: str | os.PathLike | PreTrainedTokenizerBase, clip_config: PreTrainedConfig, **hub: Any
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a text tower.
 
@@ -257,7 +257,9 @@ def load_tokenizer(
         ) from error
 
 
-def load_image_processor(name_or_path: str | os.PathLike, clip_config: PreTrainedConfig, **hub) -> BaseImageProcessor:
+def load_image_processor(
+    name_or_path: str | os.PathLike, clip_config: PreTrainedConfig, **hub: Any
+) -> BaseImageProcessor:
     """The image processor of a dual encoder.
 
     Args:
@@ -426,7 +428,7 @@ def check_interface(clip: PreTrainedModel) -> None:
         )
 
 
-def _load_transformers(name_or_path: str | os.PathLike, model_type: str, **kwargs) -> PreTrainedModel:
+def _load_transformers(name_or_path: str | os.PathLike, model_type: str, **kwargs: Any) -> PreTrainedModel:
     if model_type == "ballad":
         raise ValueError(
             f"{name_or_path} is a BALLAD model already: load it with BalladForImageClassification.from_pretrained, or "
@@ -452,7 +454,7 @@ def _load_transformers(name_or_path: str | os.PathLike, model_type: str, **kwarg
     return clip
 
 
-def _load_open_clip(name_or_path, config_file: str, hub: dict, kwargs: dict) -> PreTrainedModel:
+def _load_open_clip(name_or_path: Any, config_file: str, hub: dict, kwargs: dict) -> PreTrainedModel:
     unknown = sorted(kwargs.keys() - set(_HUB_ARGUMENTS) - {"dtype"})
     if unknown:
         raise ValueError(f"Loading an open_clip model does not take {', '.join(unknown)}.")

@@ -226,7 +226,7 @@ def _predict_shard(
             yield _checked_rows(logits, labels, batch["index"], unknown), logits
 
 
-def _logits(model, pixel_values: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     """Logits (batch, classes) of images (batch, 3, H, W) or of their views (batch, views, 3, H, W)."""
     if pixel_values.ndim == 4:
         return model(pixel_values=pixel_values).logits

@@ -318,7 +318,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson(successes, trials, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+def wilson(successes: Any, trials: Any, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     """Wilson's score interval of a proportion (Wilson, 1927), valid for few trials and for proportions of 0 or 1.
 
     Args:

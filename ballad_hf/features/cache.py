@@ -70,7 +70,7 @@ class ShardPlan:
     dtype: str
     vectors_per_shard: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = (self.vectors, self.dim, self.vectors_per_shard)
         if not all(type(size) is int and size > 0 for size in sizes) or self.dtype not in DTYPES:
             raise ValueError(f"{self} does not describe a table of features.")

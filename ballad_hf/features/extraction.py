@@ -138,7 +138,7 @@ class _Work:
 
     def __init__(
         self,
-        model,
+        model: Any,
         images: ImageDataset,
         views_per_image: np.ndarray,
         dtype: torch.dtype,
@@ -330,7 +330,7 @@ def _checked_views(views: int | np.ndarray, images: int) -> np.ndarray:
 
 
 def _with_transform(
-    model, images: ImageDataset, processing_class: Any, transform: Any, is_augmented: bool
+    model: Any, images: ImageDataset, processing_class: Any, transform: Any, is_augmented: bool
 ) -> ImageDataset:
     """The images with the given transform, or the one that fits the number of views."""
     if transform is not None:

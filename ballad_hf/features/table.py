@@ -349,7 +349,7 @@ def _checked_shards(shards: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(shards)
 
 
-def _checked_offsets(views_per_row, vectors: int) -> torch.Tensor:
+def _checked_offsets(views_per_row: Any, vectors: int) -> torch.Tensor:
     views_per_row = torch.as_tensor(views_per_row, dtype=torch.int64)
     if views_per_row.ndim != 1 or bool((views_per_row < 0).any()) or int(views_per_row.sum()) != vectors:
         raise ValueError(
@@ -364,7 +364,7 @@ def _offsets_of(views_per_row: torch.Tensor) -> torch.Tensor:
     return F.pad(views_per_row.cumsum(0), (1, 0))
 
 
-def _checked_labels(labels, rows: int, classes: int) -> torch.Tensor:
+def _checked_labels(labels: Any, rows: int, classes: int) -> torch.Tensor:
     labels = torch.as_tensor(labels)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels are {labels.dtype}: give integers.")
@@ -400,7 +400,7 @@ def _checked_class_embeds(class_embeds: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.where(is_unit[:, None], embeds, F.normalize(embeds, dim=1))  # (classes, dim)
 
 
-def _checked_counts(class_counts, labels: torch.Tensor, classes: int) -> torch.Tensor:
+def _checked_counts(class_counts: Any, labels: torch.Tensor, classes: int) -> torch.Tensor:
     if class_counts is None:
         return torch.bincount(labels.cpu(), minlength=classes)  # (classes,)
     counts = torch.as_tensor(class_counts, dtype=torch.int64)

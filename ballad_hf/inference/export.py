@@ -217,7 +217,7 @@ def _export_text_side(model: BalladForImageClassification, tokenizer: PreTrained
     tokenizer.save_pretrained(folder)
 
 
-def _tokens(prompts: list[str], tokenizer, model: BalladForImageClassification) -> dict[str, torch.Tensor]:
+def _tokens(prompts: list[str], tokenizer: Any, model: BalladForImageClassification) -> dict[str, torch.Tensor]:
     tokens = tokenize_prompts(prompts, tokenizer, model.clip.config)
     tokens.setdefault("attention_mask", torch.ones_like(tokens["input_ids"]))
     return tokens

@@ -83,7 +83,7 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = True
 
-    def __init__(self, model, tokenizer=None, **kwargs):
+    def __init__(self, model: Any, tokenizer: Any = None, **kwargs: Any):
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)
         # Under the templates: a row number for each label, and the rows themselves.
         self._rows: dict[tuple[str, ...], dict[str, int]] = {}
@@ -98,14 +98,14 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
 
     def _sanitize_parameters(
         self,
-        candidate_labels=None,
-        hypothesis_template=None,
-        templates=None,
-        target_prior=None,
-        top_k=None,
-        on_unreadable=None,
-        timeout=None,
-    ):
+        candidate_labels: Any = None,
+        hypothesis_template: Any = None,
+        templates: Any = None,
+        target_prior: Any = None,
+        top_k: int | None = None,
+        on_unreadable: str | None = None,
+        timeout: float | None = None,
+    ) -> Any:
         reading = {"on_unreadable": on_unreadable, "timeout": timeout}
         if on_unreadable not in (None, "raise", "skip"):
             raise ValueError(f"on_unreadable is {on_unreadable!r}: choose 'raise' or 'skip'.")
@@ -126,7 +126,7 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
             {name: value for name, value in given.items() if value is not None} for given in (reading, scoring, answer)
         )
 
-    def preprocess(self, inputs, on_unreadable="raise", timeout=None):
+    def preprocess(self, inputs: Any, on_unreadable: str = "raise", timeout: float | None = None) -> Any:
         try:
             image, readable = _read_image(inputs, timeout), True
         except UnreadableImageError as error:
@@ -138,7 +138,9 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
         seen["pixel_values"] = seen["pixel_values"].to(self.dtype)
         return {**seen, "readable": torch.tensor([readable])}
 
-    def _forward(self, model_inputs, candidate_labels=None, templates=None, target_prior=None):
+    def _forward(
+        self, model_inputs: Any, candidate_labels: Any = None, templates: Any = None, target_prior: Any = None
+    ) -> Any:
         # SigLIP 2 with native shapes takes masks and shapes beside the pixels.
         seen = {name: value for name, value in model_inputs.items() if name != "readable"}
         features = self.model.get_image_features(**seen).pooler_output
@@ -157,7 +159,7 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
         check_finite_logits(logits[model_inputs["readable"]])
         return {"logits": logits, "readable": model_inputs["readable"]}
 
-    def postprocess(self, model_outputs, candidate_labels=None, top_k=None):
+    def postprocess(self, model_outputs: Any, candidate_labels: Any = None, top_k: int | None = None) -> Any:
         if not bool(model_outputs["readable"][0]):
             return []
         logits = model_outputs["logits"][0].float()  # (labels,)
@@ -228,7 +230,7 @@ class CachedZeroShotImageClassificationPipeline(Pipeline):
         return logits if bias is None else logits + bias.float()
 
     @property
-    def _encoder(self):
+    def _encoder(self) -> Any:
         return getattr(self.model, "clip", self.model)
 
     @property

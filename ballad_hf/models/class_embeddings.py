@@ -220,7 +220,14 @@ class ClassEmbeddingsMixin:
             cached = self._cached_shift = (key, shift)
         return cached[1].to(self.class_embeds.device)
 
-    def _encode(self, names, tokenizer, templates, batch_size, descriptions) -> torch.Tensor:
+    def _encode(
+        self,
+        names: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        templates: Sequence[str],
+        batch_size: int,
+        descriptions: Mapping[str, Sequence[str]],
+    ) -> torch.Tensor:
         check_text_tower(self.config)
         remember_padding(self.clip.config, tokenizer)
         return encode_class_prompts(self.clip, tokenizer, names, templates, batch_size, descriptions)
@@ -545,7 +552,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _progress_bar(batches: int):
+def _progress_bar(batches: int) -> Any:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     quiet = batches <= 4 or (distributed and torch.distributed.get_rank() > 0)
     return logging.tqdm(total=batches, desc="Encoding class prompts", disable=quiet, leave=False)

@@ -4,6 +4,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, PreTrainedConfig
@@ -63,7 +64,7 @@ class BalladConfig(PreTrainedConfig):
     has_text_tower: bool = True
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.clip_config = _as_config(self.clip_config)
         if self.id2label is not None and kwargs.get("num_labels") not in (None, len(self.id2label)):
             # `from_pretrained(..., num_labels=3)` on a model of other classes: what belongs to those goes.
@@ -101,7 +102,7 @@ class BalladConfig(PreTrainedConfig):
         """Width of the shared image and text space, in which the adapter works."""
         return joint_width(self.clip_config)
 
-    def validate_adapter(self):
+    def validate_adapter(self) -> None:
         if not (math.isfinite(self.adapter_ratio) and 0 <= self.adapter_ratio <= 1):
             raise ValueError(
                 f"adapter_ratio is {self.adapter_ratio}, but it weighs the adapted against the original feature: "
@@ -115,7 +116,7 @@ class BalladConfig(PreTrainedConfig):
                 "above 0 (the official code uses 100), or None for the CLIP model's own scale."
             )
 
-    def validate_labels(self):
+    def validate_labels(self) -> None:
         check_templates(self.templates)
         repeated = sorted(name for name, count in Counter(self.id2label.values()).items() if count > 1)
         if repeated:

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: transformers checks field types only where they are real objects.
 from dataclasses import dataclass
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPTextConfig, PreTrainedConfig
@@ -67,7 +68,7 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     initializer_factor: float | int = 1.0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.num_attention_heads is None:
             self.num_attention_heads = max(1, self.hidden_size // HEAD_WIDTH)
         super().__post_init__(**kwargs)
@@ -83,7 +84,7 @@ class CLIPResNetVisionConfig(PreTrainedConfig):
         """Side of the last feature map, in cells."""
         return self.image_size // DOWNSAMPLING
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         if len(self.depths) != 4 or min(self.depths) < 1:
             raise ValueError(
                 f"depths is {self.depths}: give the number of blocks, at least 1, of each of the four stages."
@@ -135,7 +136,7 @@ class CLIPResNetConfig(PreTrainedConfig):
     logit_scale_init_value: float | int = 2.6592
     initializer_factor: float | int = 1.0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         for name, config_class in type(self).sub_configs.items():
             value = getattr(self, name)
             if not isinstance(value, PreTrainedConfig):
@@ -143,7 +144,7 @@ class CLIPResNetConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def from_preset(cls, name: str, **overrides) -> "CLIPResNetConfig":
+    def from_preset(cls, name: str, **overrides: Any) -> "CLIPResNetConfig":
         """Config of a released model: `"RN50"`, `"RN101"`, `"RN50x4"`, `"RN50x16"` or `"RN50x64"`.
 
         Args:

@@ -1,6 +1,8 @@
 """Config of EfficientNet-Lite (Tan and Le, 2019, https://arxiv.org/abs/1905.11946; the Lite variants of 2020)."""
 
 # No `from __future__ import annotations` here: transformers checks field types only where they are real objects.
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -48,11 +50,11 @@ class EfficientNetLiteConfig(PreTrainedConfig):
     freeze_batch_norm: bool = True
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         names = ("depths", "widths", "kernel_sizes", "strides", "expand_ratios")
         stages = {name: list(getattr(self, name)) for name in names}
         if not stages["depths"] or len({len(values) for values in stages.values()}) > 1:

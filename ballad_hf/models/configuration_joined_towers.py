@@ -1,6 +1,8 @@
 """Config of a dual encoder that was joined from an image classifier and a sentence encoder."""
 
 # No `from __future__ import annotations` here: transformers checks field types only where they are real objects.
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, BertConfig, PreTrainedConfig
 
@@ -42,7 +44,7 @@ class JoinedTowersConfig(PreTrainedConfig):
     logit_scale_init_value: float | int = 3.2189
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _as_config(self.text_config, BertConfig)
         self.vision_config = _as_config(self.vision_config, EfficientNetLiteConfig)
         super().__post_init__(**kwargs)
@@ -53,7 +55,7 @@ class JoinedTowersConfig(PreTrainedConfig):
         """What `AutoProcessor` loads from a folder: any image processor and tokenizer, side by side."""
         return "CLIPProcessor"
 
-    def validate_sizes(self):
+    def validate_sizes(self) -> None:
         for name in ("projection_dim", "num_anchors", "sharpness"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")

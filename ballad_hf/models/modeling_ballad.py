@@ -15,7 +15,7 @@ import importlib
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,9 @@ class BalladPreTrainedModel(PreTrainedModel):
         self.adapter = LinearAdapter(config.projection_dim)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """Load a saved model; the arguments are those of `PreTrainedModel.from_pretrained`.
 
         Raises:
@@ -129,7 +131,7 @@ class BalladPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Image features after projection and adapter, not normalised, in `.pooler_output`: (batch, dim).
 
         The features before the adapter are `model.clip.get_image_features(pixel_values).pooler_output`.
@@ -139,7 +141,7 @@ class BalladPreTrainedModel(PreTrainedModel):
         return output
 
     def get_text_features(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Text features after projection, not normalised, in `.pooler_output`: (texts, dim).
 
@@ -157,7 +159,7 @@ class BalladPreTrainedModel(PreTrainedModel):
         """The dtype of the weights; the logit scale and the class embeddings are always float32."""
         return self.adapter.linear.weight.dtype
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or cast everything, but keep what must be float32 out of half precision."""
         kept = {name: tensor.data for name, tensor in self._named_tensors() if self._is_kept_in_float32(name)}
         super()._apply(fn, recurse)
@@ -166,14 +168,14 @@ class BalladPreTrainedModel(PreTrainedModel):
                 tensor.data = kept[name].to(tensor.device, torch.float32)
         return self
 
-    def _named_tensors(self):
+    def _named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         return itertools.chain(self.named_parameters(), self.named_buffers())
 
     def _is_kept_in_float32(self, name: str) -> bool:
         return name.rpartition(".")[2] in type(self)._keep_in_fp32_modules_strict
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         # The linear layer itself: transformers skips modules without parameters of their own outside its package.
         if module is self.adapter.linear:
             if self.config.adapter_init == "identity":
@@ -209,7 +211,7 @@ class BalladModel(BalladPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs
+        self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling | tuple:
         """Image features, as `get_image_features` returns them.
 
@@ -258,7 +260,7 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
         labels: torch.LongTensor | None = None,
         target_prior: Prior | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BalladOutput | tuple:
         """Logits over the stored classes, or over the given texts.
 
@@ -319,7 +321,7 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
         *,
         dataset: Any = None,
         seed: int = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> BalladForImageClassification:
         """Wrap a pretrained dual encoder.
 
@@ -410,7 +412,7 @@ class BalladForImageClassification(ClassEmbeddingsMixin, BalladPreTrainedModel):
         class_names: Sequence[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         processing_class: Any = None,
-        **config_values,
+        **config_values: Any,
     ) -> BalladForImageClassification:
         """Wrap a dual encoder that is in memory; the arguments are those of `from_clip`. The encoder is not copied."""
         values = {name: value for name, value in config_values.items() if value is not None}
@@ -490,7 +492,7 @@ class RemovedTextTower(nn.Module):
     # Initialising a dual encoder draws its text projection's weight; drawing no numbers is harmless.
     weight = torch.empty(0)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
             "This is a vision-only model: its text tower was removed, so it compares images with its stored classes "
             "and no other text. Use the full model for new text."

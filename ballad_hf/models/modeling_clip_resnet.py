@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +123,7 @@ class CLIPResNetPreTrainedModel(CLIPPreTrainedModel):
     _no_split_modules = ["CLIPResNetBottleneck", "CLIPTextEmbeddings", "CLIPEncoderLayer"]
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # By leaf modules: outside transformers, modules without a parameter of their own are passed over.
         if isinstance(module, nn.Conv2d):
@@ -135,7 +136,7 @@ class CLIPResNetPreTrainedModel(CLIPPreTrainedModel):
             init.zeros_(module.visual_projection.bias)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         # `_auto_class` names one Auto class; AutoModel loads every model.
         code = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": code}
@@ -192,7 +193,7 @@ class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool = False,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling | tuple:
         """Feature map and pooled feature.
 

@@ -6,6 +6,8 @@ The Lite variants have no squeeze-and-excitation and a fixed stem and head. Stri
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -85,7 +87,7 @@ class EfficientNetLitePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["InvertedBottleneck"]
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         # By leaf modules: outside transformers, modules without a parameter of their own are passed over.
         if isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out")
@@ -145,7 +147,7 @@ class EfficientNetLiteModel(EfficientNetLitePreTrainedModel):
         pixel_values: torch.Tensor,
         output_hidden_states: bool = False,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling | tuple:
         """Feature map and pooled feature.
 

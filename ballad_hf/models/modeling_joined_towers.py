@@ -13,6 +13,7 @@ are the pooled output of the text tower, and `a` is the text projection. `conver
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class AnchoredTextModel(nn.Module):
         self.anchors = nn.Parameter(torch.empty(num_anchors, encoder.config.hidden_size))  # rows of length 1
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Kernel values in `.pooler_output`: (texts, anchors)."""
         output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -78,7 +79,7 @@ class JoinedTowersPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, AnchoredTextModel):
             init.normal_(module.anchors, std=module.anchors.shape[1] ** -0.5)
         elif isinstance(module, JoinedTowersModel):
@@ -87,7 +88,7 @@ class JoinedTowersPreTrainedModel(PreTrainedModel):
             init.normal_(module.text_projection.weight, std=self.config.initializer_range)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         # `_auto_class` names one Auto class; AutoModel loads every model.
         code = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": code}
@@ -126,7 +127,7 @@ class JoinedTowersModel(JoinedTowersPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.post_init()
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Projected image features, not normalised, in `.pooler_output`: (batch, projection_dim)."""
         output = self.vision_model(pixel_values=pixel_values, **kwargs)
         # Convolutional towers of transformers pool to (batch, width, 1, 1).
@@ -134,7 +135,7 @@ class JoinedTowersModel(JoinedTowersPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=output.last_hidden_state, pooler_output=features)
 
     def get_text_features(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Projected text features, not normalised, in `.pooler_output`: (texts, projection_dim)."""
         output = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -147,7 +148,7 @@ class JoinedTowersModel(JoinedTowersPreTrainedModel):
         pixel_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CLIPOutput | tuple:
         """Scaled cosines of images and texts.
 

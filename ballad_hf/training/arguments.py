@@ -22,11 +22,11 @@ def _is_learning_rate(value: float) -> bool:
     return 0 < value <= _MAX_LEARNING_RATE
 
 
-def _option(help: str, default=None):
+def _option(help: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def _check_choices(arguments):
+def _check_choices(arguments: Any) -> None:
     for option in fields(arguments):
         value = getattr(arguments, option.name)
         if get_origin(option.type) is Literal and value not in get_args(option.type):
@@ -69,7 +69,7 @@ class DataArguments:
         "how to handle unreadable images: raise an error, or skip them", "raise"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}: choose a fraction from 0 (none) to below 1."
@@ -108,7 +108,7 @@ class ModelArguments:
         "prompt templates with {} for the class name; several are averaged; default: 'a photo of a {}.'"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.adapter_ratio <= 1:
             raise ValueError(
                 f"adapter_ratio is {self.adapter_ratio}: choose a number from 0 to 1; the paper uses 0.2."
@@ -199,7 +199,7 @@ class PhaseAArguments:
     keep_checkpoints: int = _option("number of checkpoints to keep", 2)
     logging_steps: int = _option("steps between logs of the loss", 50)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_choices(self)
         if self.epochs < 0:
             raise ValueError(f"epochs is {self.epochs}: give 1 or more, or 0 to skip phase A.")
@@ -283,7 +283,7 @@ class PhaseBArguments:
     )
     max_views: int | None = _option("most views per image with 'balanced' views")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_choices(self)
         if self.epochs < 0:
             raise ValueError(f"epochs is {self.epochs}: give 1 or more, or 0 to skip phase B.")
@@ -356,7 +356,7 @@ class SweepSpace:
     logit_scales: list[float] = _axis("multipliers of the cosines; default: the model's own")
     adapter_starts: list[str] = _axis("'model', 'identity' or 'random'; default: that of phase B")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_all("ratios", self.ratios, lambda value: 0 < value <= 1, "above 0 and no more than 1")
         check_all("learning_rates", self.learning_rates, _is_learning_rate, "above 0 and up to 1000, such as 0.2")
         losses = get_args(ClassificationLoss)
@@ -432,7 +432,7 @@ class BalladTrainingArguments:
     hub_private: bool = _option("make that repository private", False)
     hub_strategy: Literal["end", "checkpoint"] = _option("push at the end, or every checkpoint too", "end")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_choices(self)
         for name, kind in (("phase_a", PhaseAArguments), ("phase_b", PhaseBArguments)):
             value = getattr(self, name)

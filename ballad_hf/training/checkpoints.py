@@ -512,7 +512,7 @@ class PhaseACheckpoints:
             self._divergence_mark.touch()
 
     @property
-    def _divergence_mark(self):
+    def _divergence_mark(self) -> Path:
         return self.store.folder / "diverged"
 
     def _is_written(self, state: PhaseAState, tensors: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> bool:

@@ -6,7 +6,7 @@ chosen on the validation split by mean-class accuracy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -308,6 +308,9 @@ def apply_cosine_head(model: BalladForImageClassification, head: LinearHead) -> 
     model.config.logit_scale = float(head.scale)
 
 
+Candidates = Iterator[tuple[dict[str, Any], Head]]
+
+
 class HeadFitting:
     """Fits heads on one table; each method yields candidates (settings, head) to choose from.
 
@@ -321,44 +324,46 @@ class HeadFitting:
         self.table, self.epochs, self.seed = table, epochs, seed
         self._linear: list[tuple[dict[str, Any], LinearHead]] | None = None
 
-    def linear(self):
+    def linear(self) -> list[tuple[dict[str, Any], LinearHead]]:
         if self._linear is None:
             loss = build_classification_loss("cross_entropy")
             self._linear = list(self._softmax_regression(loss, balanced=False))
         return self._linear
 
-    def crt(self):
+    def crt(self) -> Candidates:
         return self._softmax_regression(build_classification_loss("cross_entropy"), balanced=True)
 
-    def tau_norm(self):
+    def tau_norm(self) -> Candidates:
         for settings, head in self.linear():
             length = head.weight.norm(dim=1, keepdim=True).clamp_min(1e-12)  # (classes, 1)
             for tau in (0.25, 0.5, 0.75, 1.0):
                 yield {**settings, "tau": tau}, LinearHead(head.weight / length**tau)
 
-    def lws(self):
+    def lws(self) -> Candidates:
         loss = build_classification_loss("cross_entropy")
         for settings, head in self.linear():
             factors = torch.ones(self.table.classes, 1, requires_grad=True)
 
-            def logits(features: torch.Tensor, head=head, factors=factors) -> torch.Tensor:
+            def logits(
+                features: torch.Tensor, head: LinearHead = head, factors: torch.Tensor = factors
+            ) -> torch.Tensor:
                 return features @ (factors * head.weight).T
 
             self._train([factors], logits, loss, learning_rate=0.2, weight_decay=0.0, balanced=True)
             yield settings, LinearHead((factors * head.weight).detach())
 
-    def cosine(self):
+    def cosine(self) -> Candidates:
         loss = build_classification_loss("logit_adjustment", self.table.class_counts)
         for rate in (0.01, 0.1, 1.0):
             weight = self.table.class_embeds.clone().requires_grad_()
 
-            def logits(features: torch.Tensor, weight=weight) -> torch.Tensor:
+            def logits(features: torch.Tensor, weight: torch.Tensor = weight) -> torch.Tensor:
                 return LinearHead(weight, scale=_COSINE_SCALE, cosine=True).logits(features)
 
             self._train([weight], logits, loss, rate, weight_decay=5e-4, balanced=False)
             yield {"learning_rate": rate}, LinearHead(weight.detach(), scale=_COSINE_SCALE, cosine=True)
 
-    def tip_adapter(self):
+    def tip_adapter(self) -> Candidates:
         table = self.table
         rows = _first_rows(table.labels, 16)
         keys = F.normalize(table.take(rows).float(), dim=1)  # (rows, dim)
@@ -369,12 +374,14 @@ class HeadFitting:
                 )
                 yield {"alpha": alpha, "beta": beta}, head
 
-    def _softmax_regression(self, loss: ClassificationLoss, balanced: bool):
+    def _softmax_regression(
+        self, loss: ClassificationLoss, balanced: bool
+    ) -> Iterator[tuple[dict[str, Any], LinearHead]]:
         # Features of length 1 need larger learning rates than those of length 10 or so that towers give.
         for rate in (1.0, 10.0, 50.0, 200.0):
             weight = torch.zeros(self.table.classes, self.table.dim, requires_grad=True)
 
-            def logits(features: torch.Tensor, weight=weight) -> torch.Tensor:
+            def logits(features: torch.Tensor, weight: torch.Tensor = weight) -> torch.Tensor:
                 return features @ weight.T
 
             self._train([weight], logits, loss, rate, weight_decay=5e-6, balanced=balanced)

@@ -259,7 +259,7 @@ class TimeBudget(TrainerCallback):
             return over
         return broadcast_object_list([over])[0]
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         control.should_training_stop = control.should_training_stop or self.is_over()
         return control
 

@@ -189,14 +189,14 @@ class StepGradients:
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _at_once(self, pixel_values, labels, columns, share: TextShare | None) -> torch.Tensor:
+    def _at_once(self, pixel_values: Any, labels: Any, columns: Any, share: TextShare | None) -> torch.Tensor:
         features = self.towers(pixel_values, **({} if share is None else share.pieces[0]))
         text_embeds = self._text_embeds(features.text, columns, share)
         loss = self._loss(features.image, text_embeds, features.logit_scale, labels, columns)
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _cached(self, pieces, labels, columns, share: TextShare | None) -> torch.Tensor:
+    def _cached(self, pieces: Any, labels: Any, columns: Any, share: TextShare | None) -> torch.Tensor:
         images, image_states, scale = self._image_features(pieces)
         texts, text_states = self._text_features(share)
         image_leaf = torch.cat(images).requires_grad_()  # (images, dim)
@@ -207,7 +207,7 @@ class StepGradients:
         self._again(pieces, image_gradients, image_states, share, text_leaf, text_states, scale)
         return loss.detach()
 
-    def _added_up(self, pieces, labels, columns, share: TextShare | None) -> torch.Tensor:
+    def _added_up(self, pieces: Any, labels: Any, columns: Any, share: TextShare | None) -> torch.Tensor:
         count = sum(map(len, pieces))
         texts, text_states = self._text_features(share)
         text_leaf = None if share is None else torch.cat(texts).requires_grad_()
@@ -216,7 +216,7 @@ class StepGradients:
         embeds_leaf = text_embeds.detach().requires_grad_()
         total = torch.zeros((), device=labels.device)
 
-        def add(image_features, scale, piece_labels) -> torch.Tensor:
+        def add(image_features: Any, scale: Any, piece_labels: Any) -> torch.Tensor:
             """Gradients of a piece's part of the loss at the leaves; returns that at the image features."""
             nonlocal total
             leaf = image_features.detach().requires_grad_()
@@ -240,7 +240,16 @@ class StepGradients:
         self._again(pieces[-1:], [last_gradient], last_states, share, text_leaf, text_states, scale)
         return total
 
-    def _again(self, pieces, image_gradients, image_states, share, text_leaf, text_states, scale) -> None:
+    def _again(
+        self,
+        pieces: Any,
+        image_gradients: Any,
+        image_states: Any,
+        share: TextShare | None,
+        text_leaf: Any,
+        text_states: Any,
+        scale: Any,
+    ) -> None:
         """Each piece with gradients, from the features' gradients down; the last images go with the last prompts."""
         after = random_state()
         texts: list = []
@@ -268,10 +277,10 @@ class StepGradients:
         restore_random_state(after)
 
     @torch.no_grad()
-    def _features(self, *pixel_values, **tokens) -> TowerFeatures:
+    def _features(self, *pixel_values: Any, **tokens: Any) -> TowerFeatures:
         return self.towers(*pixel_values, **tokens)
 
-    def _image_features(self, pieces) -> tuple[list[Any], list, torch.Tensor]:
+    def _image_features(self, pieces: Any) -> tuple[list[Any], list, torch.Tensor]:
         """Features piece by piece, the random state before each, and the logit scale as a leaf."""
         features, states = [], []
         for piece in pieces:
@@ -288,14 +297,14 @@ class StepGradients:
             features.append(self._features(**tokens).text)
         return features, states
 
-    def _text_embeds(self, text_features: Any, columns, share: TextShare | None) -> torch.Tensor:
+    def _text_embeds(self, text_features: Any, columns: Any, share: TextShare | None) -> torch.Tensor:
         """(classes, dim) class embeddings in the order of `columns`, from the shares of all processes."""
         if share is None:
             assert self.frozen_embeds is not None
             return self.frozen_embeds[columns]
         return gather_rows(class_embeddings(text_features, share.prompt_counts))[share.pick]
 
-    def _loss(self, image_features, text_embeds, scale, labels, columns) -> torch.Tensor:
+    def _loss(self, image_features: Any, text_embeds: Any, scale: Any, labels: Any, columns: Any) -> torch.Tensor:
         with torch.autocast(text_embeds.device.type, enabled=False):
             image_embeds = F.normalize(image_features.float(), dim=-1)
             if self.objective.couples_batch:
@@ -506,7 +515,7 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
         rows = rows.contiguous()
         parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, rows)
@@ -514,7 +523,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         start = dist.get_rank() * ctx.rows

@@ -236,7 +236,7 @@ def _drawn(space: SweepSpace, max_settings: int | None, seed: int) -> list[dict[
     return [settings[index] for index in sorted(chosen)]
 
 
-def _trial(model: BalladForImageClassification, settings: dict[str, Any], args: PhaseBArguments, seed: int):
+def _trial(model: BalladForImageClassification, settings: dict[str, Any], args: PhaseBArguments, seed: int) -> Trial:
     start = settings.get("adapter_start", args.adapter_start)
     return Trial(
         settings,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from transformers import EvalPrediction, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
@@ -126,7 +126,7 @@ class BalladTrainer:
         self._in_train = False
 
     @property
-    def state(self):
+    def state(self) -> TrainerState:
         """The `TrainerState` of transformers."""
         return self.events.state
 
