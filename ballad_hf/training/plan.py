@@ -244,8 +244,9 @@ class TimeBudget(TrainerCallback):
 
     Example:
 
+    >>> import time
     >>> from ballad_hf.training.plan import TimeBudget
-    >>> TimeBudget(1800).is_over()
+    >>> TimeBudget(1800, started=time.time()).is_over()
     False
     """
 
