@@ -247,11 +247,15 @@ def _prompts(
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Whether the hardware has bfloat16; emulated, it is many times slower."""
+    """Whether the hardware may gain from bfloat16.
+
+    Emulated, it is many times slower. Without matrix tiles (AMX), a CPU gains so little that the measurement would
+    answer differently from run to run, and so would the weights.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        is_supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        is_supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
         return is_supported is not None and bool(is_supported())
     return False
 
