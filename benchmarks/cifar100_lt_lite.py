@@ -16,7 +16,7 @@ import csv
 import functools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ from ballad_hf import (
     extract_features,
     load_image_dataset,
 )
-from ballad_hf.training.arguments import PhaseAArguments
+from ballad_hf.training.arguments import BalladTrainingArguments, PhaseAArguments
 from ballad_hf.training.heads import best_on, head_metrics
 from ballad_hf.training.phase_a import train_phase_a
+from ballad_hf.training.plan import JOINED, changed
 
 
 METHODS = (
@@ -75,17 +76,15 @@ class LiteSettings:
 
     def phase_a(self, loss: str) -> PhaseAArguments:
         """Only the image tower is trained; nothing is chosen, and the last epoch is kept."""
-        return PhaseAArguments(
+        planned = changed(BalladTrainingArguments(), JOINED).phase_a
+        return replace(
+            planned,
             epochs=self.epochs,
             batch_size=self.batch_size,
             micro_batch_size=None if loss == "contrastive" else min(32, self.batch_size),
             loss=loss,  # type: ignore[arg-type]
-            train="image",
-            optimizer="adamw",
             learning_rate=self.learning_rate,
-            weight_decay=0.05,
-            warmup_epochs=min(0.2, self.epochs / 4),
-            max_grad_norm=1.0,
+            warmup_epochs=min(planned.warmup_epochs, self.epochs / 4),
             tail_guard="off",
         )
 

@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 
 from ballad_hf.features.table import FeatureTable, adapted_logits
-from ballad_hf.training.arguments import PhaseBArguments
+from ballad_hf.training.arguments import BalladTrainingArguments, PhaseBArguments
 from ballad_hf.training.heads import HEADS, HeadFitting, HeadResult, LinearHead, fit_heads
 from ballad_hf.training.losses import build_classification_loss
 from ballad_hf.training.phase_b import AdapterTraining, TableBatches, adapter_start, phase_b_sampler
+from ballad_hf.training.plan import JOINED, changed
 
 
 ALL_HEADS = ("zero_shot", "logit_adjusted", "nearest_mean", "linear", "balanced_softmax", *HEADS)
@@ -86,10 +87,7 @@ class BenchmarkFitting(HeadFitting):
         return self._adapters([{"learning_rate": rate} for rate in (0.5, 2.0, 5.0)], args)
 
     def phase_b(self):
-        args = PhaseBArguments(
-            loss="logit_adjustment", sampler="power", sampler_power=1.0, mixup=1.0, epochs=20, learning_rate=2.0
-        )
-        return self._adapters([{}], args)
+        return self._adapters([{}], changed(BalladTrainingArguments(), JOINED).phase_b)
 
     def _adapters(
         self, grid: Sequence[dict[str, Any]], args: PhaseBArguments, scale: float | None = None

@@ -217,7 +217,7 @@ def test_mistakes_show_the_images_of_their_rows():
     assert axes.get_title() == "cat\n→ dog\n98% confident"
     shown = np.asarray(axes.images[0].get_array())
     assert shown.shape[:2] == (128, 128)
-    assert (shown[64, 64] == 5).all()  # row 5 is a image of the grey 5
+    assert (shown[64, 64] == 5).all()  # row 5 is an image of the grey 5
     with pytest.raises(ValueError, match="row 5, but the dataset has 3 images"):
         plot_mistakes(moved, _grey_images(3))
     with pytest.raises(ValueError, match="no mistakes"):

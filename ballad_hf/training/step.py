@@ -67,7 +67,7 @@ class Objective:
 
     @property
     def couples_batch(self) -> bool:
-        """Whether a image's loss depends on the other images of the global batch."""
+        """Whether an image's loss depends on the other images of the global batch."""
         return self.classification is None or self.classification.couples_batch
 
     def classes(self, batch_labels: torch.Tensor, num_classes: int) -> torch.Tensor:
